@@ -1,0 +1,296 @@
+"""DrQ-v2 (Yarats, Fergus, Lazaric & Pinto, 2021, arXiv:2107.09645): off-policy control from pixels or states.
+
+Needs torch and numpy only, and knows nothing of rewards beyond numbers.
+
+    agent = DrQV2(obs_shape=(21,), action_shape=(4,))
+    buffer = ReplayBuffer(100_000, obs_shape=(21,), action_shape=(4,))
+    buffer.begin(obs)
+    action = agent.act(obs, step)
+    buffer.add(action, next_obs, reward, terminated, truncated)
+    agent.update(buffer.sample(256), step)
+
+Observations of three dimensions are stacks of frames and get the paper's encoder and random shift. Observations
+of one dimension are states and get neither; the rest of the algorithm is the same.
+"""
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def linear_schedule(step, start, end, duration):
+    """σ(t) = start + (end − start)·min(t / duration, 1): the exploration noise, paper section 3.1."""
+    return start + (end - start) * min(step / duration, 1.0)
+
+
+def random_shift(images, pad=4):
+    """Shifts each image by up to ±`pad` pixels at random, bilinearly interpolated, edges repeated.
+
+    images: float tensor (B, C, H, W) with H = W. Returns the same shape. The shift is drawn in whole pixels, as
+    in the authors' code, and sampled through a grid, which keeps it one batched operation on any device.
+    """
+    batch, _, height, width = images.shape
+    if height != width:
+        raise ValueError(f"random_shift needs square images, got {height}x{width}")
+    padded = F.pad(images, (pad,) * 4, mode="replicate")
+    size = height + 2 * pad
+    # Centres of the first `height` pixels of the padded image, in grid_sample's coordinates from -1 to 1.
+    centres = (torch.arange(height, device=images.device, dtype=images.dtype) * 2 + 1) / size - 1
+    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), dim=-1)
+    shift = torch.randint(0, 2 * pad + 1, (batch, 1, 1, 2), device=images.device).to(images.dtype) * 2 / size
+    return F.grid_sample(padded, grid + shift, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def truncated_normal(mean, std, clip=None):
+    """A sample of N(mean, std²) clamped to (−1, 1), its noise clamped to ±clip where clip is given.
+
+    The clamp to (−1, 1) passes gradients straight through to `mean`, so a saturated actor can still move.
+    """
+    noise = torch.randn_like(mean) * std
+    if clip is not None:
+        noise = noise.clamp(-clip, clip)
+    action = mean + noise
+    return action + (action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()
+
+
+def init_weights(module):
+    """Orthogonal weights and zero biases, with the gain of a ReLU for convolutions (as the authors initialise)."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        gain = nn.init.calculate_gain("relu") if isinstance(module, nn.Conv2d) else 1.0
+        nn.init.orthogonal_(module.weight, gain)
+        nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """Four 3×3 convolutions of 32 channels, the first of stride 2: (B, C, 84, 84) bytes to (B, 39200) floats."""
+
+    def __init__(self, obs_shape):
+        super().__init__()
+        layers = []
+        for channels, stride in ((obs_shape[0], 2), (32, 1), (32, 1), (32, 1)):
+            layers += [nn.Conv2d(channels, 32, 3, stride), nn.ReLU()]
+        self.convnet = nn.Sequential(*layers)
+        self.apply(init_weights)
+        with torch.no_grad():
+            self.out_dim = self(torch.zeros(1, *obs_shape)).shape[1]
+
+    def forward(self, images):
+        return self.convnet(images / 255.0 - 0.5).flatten(1)
+
+
+def trunk(in_dim, feature_dim):
+    return nn.Sequential(nn.Linear(in_dim, feature_dim), nn.LayerNorm(feature_dim), nn.Tanh())
+
+
+def mlp(in_dim, hidden_dim, out_dim):
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
+                         nn.Linear(hidden_dim, out_dim))
+
+
+class Actor(nn.Module):
+    """π_φ: the mean of a truncated normal over actions, in (−1, 1)."""
+
+    def __init__(self, in_dim, action_dim, feature_dim, hidden_dim):
+        super().__init__()
+        self.trunk = trunk(in_dim, feature_dim)
+        self.policy = mlp(feature_dim, hidden_dim, action_dim)
+        self.apply(init_weights)
+
+    def forward(self, h):
+        return torch.tanh(self.policy(self.trunk(h)))
+
+
+class Critic(nn.Module):
+    """Q_θ1 and Q_θ2 over a shared trunk, for clipped double Q-learning."""
+
+    def __init__(self, in_dim, action_dim, feature_dim, hidden_dim):
+        super().__init__()
+        self.trunk = trunk(in_dim, feature_dim)
+        self.q1 = mlp(feature_dim + action_dim, hidden_dim, 1)
+        self.q2 = mlp(feature_dim + action_dim, hidden_dim, 1)
+        self.apply(init_weights)
+
+    def forward(self, h, action):
+        h = torch.cat([self.trunk(h), action], dim=-1)
+        return self.q1(h), self.q2(h)
+
+
+class DrQV2:
+    """The agent: encoder f_ξ (pixels only), actor π_φ, critics Q_θ and their slow copy.
+
+    The defaults are the paper's for pixels; for states `hidden_dim` may be smaller and `lr` larger.
+    std is (start, end, duration in steps) of the exploration schedule; noise_clip is c of equations 1 and 2.
+    """
+
+    def __init__(self, obs_shape, action_shape, device="cpu", lr=1e-4, feature_dim=50, hidden_dim=1024, tau=0.01,
+                 std=(1.0, 0.1, 100_000), noise_clip=0.3):
+        self.device, self.tau, self.std, self.noise_clip = torch.device(device), tau, std, noise_clip
+        self.pixels = len(obs_shape) == 3
+        self.encoder = (Encoder(obs_shape) if self.pixels else nn.Identity()).to(self.device)
+        in_dim = self.encoder.out_dim if self.pixels else obs_shape[0]
+        self.actor = Actor(in_dim, action_shape[0], feature_dim, hidden_dim).to(self.device)
+        self.critic = Critic(in_dim, action_shape[0], feature_dim, hidden_dim).to(self.device)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=lr, fused=True)
+        # One optimiser for both: the encoder learns from the critic's loss and from nothing else.
+        self.critic_opt = torch.optim.Adam([*self.encoder.parameters(), *self.critic.parameters()], lr=lr, fused=True)
+
+    @torch.no_grad()
+    def act(self, obs, step, explore=True):
+        """Action (A,) in [−1, 1] as float32 for one observation; `explore=False` is the greedy policy."""
+        obs = torch.as_tensor(obs, device=self.device).float().unsqueeze(0)
+        mean = self.actor(self.encoder(obs))
+        action = truncated_normal(mean, linear_schedule(step, *self.std)) if explore else mean
+        return action[0].cpu().numpy()
+
+    def update(self, batch, step):
+        """One gradient step for critic and encoder (equation 1), actor (equation 2) and target (EMA).
+
+        batch: numpy arrays (obs, action, reward, discount, next_obs) as `ReplayBuffer.sample` gives them.
+        Returns a dict of floats: critic_loss, actor_loss, q (mean of Q_θ1 over the batch).
+        """
+        obs, action, reward, discount, next_obs = (torch.as_tensor(a, device=self.device).float() for a in batch)
+        reward, discount = reward.unsqueeze(1), discount.unsqueeze(1)
+        if self.pixels:
+            obs, next_obs = random_shift(obs), random_shift(next_obs)
+        std = linear_schedule(step, *self.std)
+
+        h = self.encoder(obs)
+        with torch.no_grad():
+            next_h = self.encoder(next_obs)
+            next_action = truncated_normal(self.actor(next_h), std, self.noise_clip)
+            y = reward + discount * torch.min(*self.critic_target(next_h, next_action))
+        q1, q2 = self.critic(h, action)
+        critic_loss = F.mse_loss(q1, y) + F.mse_loss(q2, y)
+        self.critic_opt.zero_grad(set_to_none=True)
+        critic_loss.backward()
+        self.critic_opt.step()
+
+        h = h.detach()
+        self.critic.requires_grad_(False)      # the actor's gradient flows through Q, not into it
+        q = torch.min(*self.critic(h, truncated_normal(self.actor(h), std, self.noise_clip)))
+        actor_loss = -q.mean()
+        self.actor_opt.zero_grad(set_to_none=True)
+        actor_loss.backward()
+        self.actor_opt.step()
+        self.critic.requires_grad_(True)
+
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
+        return {"critic_loss": critic_loss.item(), "actor_loss": actor_loss.item(), "q": q1.mean().item()}
+
+    def state_dict(self):
+        """Everything needed to act again, as CPU tensors."""
+        return {name: {key: value.cpu() for key, value in getattr(self, name).state_dict().items()}
+                for name in ("encoder", "actor", "critic")}
+
+    def load_state_dict(self, state):
+        """Takes what `state_dict` gave; the target critic starts equal to the critic."""
+        for name in ("encoder", "actor", "critic"):
+            getattr(self, name).load_state_dict(state[name])
+        self.critic_target.load_state_dict(state["critic"])
+
+
+class ReplayBuffer:
+    """Whole episodes in preallocated arrays, as a ring of `capacity` rows; n-step batches without a Python loop.
+
+    Row k of an episode holds the observation o_k and what followed it: action, features, reward. Its last
+    observation takes a row of its own, so each frame is stored once; a stack of frames (the channels of the
+    newest `obs_shape[0] // frame_stack`) is put together again when it is sampled, repeating an episode's first
+    frame before its start. Episodes can be sampled once they have ended.
+
+    With n_features > 0 each transition also keeps that many named numbers, so that `relabel` can recompute every
+    reward under a new reward function.
+    """
+
+    def __init__(self, capacity, obs_shape, action_shape, n_features=0, obs_dtype=np.float32, frame_stack=1, nstep=3,
+                 discount=0.99, seed=0):
+        self.capacity, self.nstep, self.discount, self.frame_stack = capacity, nstep, discount, frame_stack
+        self.channels = obs_shape[0] // frame_stack
+        self.obs = np.zeros((capacity, self.channels, *obs_shape[1:]), obs_dtype)
+        self.action = np.zeros((capacity, *action_shape), np.float32)
+        self.features = np.zeros((capacity, n_features))
+        self.reward = np.zeros(capacity)
+        # Rows are counted without end and stored modulo `capacity`, so that `first` and `last` need no wrapping.
+        self.rows = 0
+        self.first = np.zeros(capacity, np.int64)         # the episode's first row
+        self.last = np.zeros(capacity, np.int64)          # the row of its last observation
+        self.terminal = np.zeros(capacity, bool)          # that row ended the episode for good: no bootstrapping
+        self.acted = np.zeros(capacity, bool)             # a transition leaves this row
+        self.startable = np.zeros(capacity, bool)         # ... and may be sampled: it has ended, its frames are here
+        self.rng = np.random.default_rng(seed)
+
+    def __len__(self):
+        """Number of transitions that can be sampled."""
+        return int(self.startable.sum())
+
+    def begin(self, obs):
+        """Starts an episode with its first observation; an unfinished one before it is never sampled."""
+        self.episode_start = self.rows
+        self._write(obs)
+
+    def add(self, action, next_obs, reward, terminated, truncated, features=()):
+        """Appends one transition. Raises ValueError when one episode is longer than the whole buffer."""
+        row = (self.rows - 1) % self.capacity
+        self.action[row], self.reward[row], self.features[row] = action, reward, features
+        self.acted[row] = True
+        self._write(next_obs)
+        if terminated or truncated:
+            rows = np.arange(self.episode_start, self.rows) % self.capacity
+            self.last[rows], self.terminal[rows[-1]] = self.rows - 1, terminated
+            self.startable[rows[:-1]] = True
+
+    def _write(self, obs):
+        if self.rows - self.episode_start >= self.capacity:
+            raise ValueError(f"an episode does not fit into a buffer of {self.capacity} rows: raise capacity")
+        row = self.rows % self.capacity
+        self.obs[row] = obs[-self.channels:]
+        self.first[row], self.terminal[row], self.acted[row] = self.episode_start, False, False
+        # What stood here was the oldest row; the rows right after it lose a frame of their stack.
+        self.startable[(row + np.arange(self.frame_stack)) % self.capacity] = False
+        self.rows += 1
+
+    def _stack(self, rows):
+        if self.frame_stack == 1:
+            return self.obs[rows % self.capacity]
+        back = rows[:, None] - np.arange(self.frame_stack - 1, -1, -1)
+        frames = self.obs[np.maximum(back, self.first[rows % self.capacity][:, None]) % self.capacity]
+        return frames.reshape(len(rows), -1, *frames.shape[3:])
+
+    def sample(self, batch_size):
+        """A uniform batch: obs (B, ...), action (B, A), reward (B,), discount (B,), next_obs (B, ...).
+
+        reward is Σ_{k<m} γ^k r_{t+k} and discount γ^m with m = min(n, steps left in the episode), so a return
+        never crosses an episode; discount is 0 where the m steps reach a termination, and stays γ^m at a timeout,
+        through which the value bootstraps. Raises ValueError when no episode has ended yet.
+        """
+        if not self.startable.any():
+            raise ValueError("nothing to sample: no episode has ended yet")
+        filled, slots = min(self.rows, self.capacity), np.empty(0, np.int64)
+        while len(slots) < batch_size:      # rejects the few rows that no transition leaves
+            draw = self.rng.integers(filled, size=batch_size)
+            slots = np.concatenate([slots, draw[self.startable[draw]]])
+        slots = slots[:batch_size]
+        # The row that is stored in a slot: the newest number that is congruent to it.
+        rows = self.rows - 1 - (self.rows - 1 - slots) % self.capacity
+        m = np.minimum(self.nstep, self.last[slots] - rows)
+        k = np.arange(self.nstep)
+        rewards = self.reward[(rows[:, None] + k) % self.capacity] * (k < m[:, None])
+        end = rows + m
+        discount = self.discount ** m * ~self.terminal[end % self.capacity]
+        return (self._stack(rows), self.action[slots], rewards @ self.discount ** k, discount, self._stack(end))
+
+    def relabel(self, reward_fn):
+        """Recomputes every stored reward in one call: reward_fn maps features (N, F) to rewards (N,)."""
+        rows = np.flatnonzero(self.acted)
+        self.reward[rows] = reward_fn(self.features[rows])
+
+    def episodes(self, since=0):
+        """Features (T, F) of each complete episode that began at row `since` or later, oldest first."""
+        ends = np.flatnonzero(self.startable)
+        firsts = np.unique(self.first[ends])
+        firsts = firsts[(firsts >= since) & (firsts >= self.rows - self.capacity)]
+        return [self.features[np.arange(f, self.last[f % self.capacity]) % self.capacity] for f in firsts]

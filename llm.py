@@ -1,0 +1,475 @@
+"""Everything between the loop and a large language model: asking, reading answers, keeping a transcript.
+
+Needs requests (and numpy to describe numbers) and knows no RL. The prompts are the text files in prompts/.
+
+    llm = LLM(Chat(model="..."), record=print)               # any OpenAI-compatible /chat/completions
+    groups = llm.ask("rank", prompt("rank", count=4, ...), parse=lambda text: read_ranking(text, 4))
+
+A backend maps a list of chat messages to a `Reply`: `Chat` (HTTP), `Offline` (a scripted stand-in that is no LLM
+at all), `Manual` (a person, or any chat window), `Replay` (the transcript of an earlier run).
+"""
+
+import json
+import os
+import random
+import re
+import string
+import textwrap
+import time
+from collections import namedtuple
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import numpy as np
+import requests
+
+PROMPTS = Path(__file__).parent / "prompts"
+ATTEMPTS = 4                      # how often one question is put before its answers are given up
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 180         # s
+TOTAL_TIMEOUT = 600               # of one request, so that a reply which only trickles ends too, s
+RETRIES, MAX_WAIT = 5, 120        # of one request; the longest wait between two that is accepted, s
+MAX_BYTES = 1_000_000             # of one HTTP reply
+
+Reply = namedtuple("Reply", "text prompt_tokens completion_tokens", defaults=(0, 0))
+
+
+class LLMError(RuntimeError):
+    """The LLM cannot be reached or gave nothing usable; the message names the cause and the cure."""
+
+
+class UnusableReply(ValueError):
+    """One answer cannot be used; the message goes back to the LLM."""
+
+
+def prompt(name, **values):
+    """The text of prompts/NAME.txt with each $placeholder replaced."""
+    return string.Template((PROMPTS / f"{name}.txt").read_text()).substitute(values)
+
+
+class LLM:
+    """Puts questions to a backend and has unusable answers mended.
+
+    record: is called with every exchange as it happens, a dict of kind, prompt, reply (or why there is none),
+    tokens and seconds; these dicts, a line of JSON each, are the transcript that `Replay` reads.
+    """
+
+    def __init__(self, backend, record):
+        self.backend, self.record = backend, record
+        self.exchanges = self.prompt_tokens = self.completion_tokens = 0
+        self.seconds = 0.0
+
+    def ask(self, kind, question, parse):
+        """The parsed answer to `question`.
+
+        parse: maps the reply's text to a value, or raises ValueError, whose message is shown to the LLM in the
+        prompt "repair". Raises LLMError when the backend fails or ATTEMPTS answers in a row are unusable.
+        """
+        messages = [{"role": "user", "content": question}]
+        for attempt in range(ATTEMPTS):
+            text = "(no usable text)"
+            try:
+                text = self._exchange(kind if attempt == 0 else f"{kind}, repair", messages)
+            except UnusableReply as error:
+                reason = str(error)
+            else:
+                try:
+                    return parse(text)
+                except ValueError as error:
+                    reason = str(error)
+            messages += [{"role": "assistant", "content": text},
+                         {"role": "user", "content": prompt("repair", error=reason)}]
+        raise LLMError(f"no usable answer to the question '{kind}' in {ATTEMPTS} attempts, the last because: {reason}")
+
+    def _exchange(self, kind, messages):
+        exchange, started = {"kind": kind, "prompt": messages[-1]["content"]}, time.monotonic()
+        try:
+            reply = self.backend(messages)
+            exchange |= {"reply": reply.text, "prompt_tokens": reply.prompt_tokens,
+                         "completion_tokens": reply.completion_tokens}
+            self.prompt_tokens += reply.prompt_tokens
+            self.completion_tokens += reply.completion_tokens
+            return reply.text
+        except UnusableReply as error:
+            exchange["unusable"] = str(error)
+            raise
+        except LLMError as error:
+            exchange["error"] = str(error)
+            raise
+        finally:
+            exchange["seconds"] = round(time.monotonic() - started, 3)
+            self.exchanges += 1
+            self.seconds += exchange["seconds"]
+            self.record(exchange)
+
+
+class Chat:
+    """An OpenAI-compatible server: POST {base_url}/chat/completions.
+
+    The address comes from OPENAI_BASE_URL (default: OpenAI's), the key from OPENAI_API_KEY (none is fine for a local
+    server) and appears nowhere else. Only `model` and `messages` are sent: other fields are not accepted everywhere.
+    """
+
+    def __init__(self, model):
+        if not model:
+            raise LLMError("no model is named: add --model NAME (with Ollama, one that `ollama list` shows)")
+        self.model, self.key = model, os.environ.get("OPENAI_API_KEY", "").strip()
+        self.url = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").strip().rstrip("/") + "/chat/completions"
+        if not self.url.startswith(("http://", "https://")):
+            raise LLMError("OPENAI_BASE_URL must start with http:// or https://, for example http://localhost:11434/v1")
+        if not self.key.isascii() or not self.key.isprintable():
+            raise LLMError("OPENAI_API_KEY holds characters that no key has: set it again")
+
+    def __call__(self, messages):
+        for retry in range(RETRIES + 1):
+            try:
+                status, headers, body = self._post({"model": self.model, "messages": messages})
+            except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
+                raise LLMError(self._clean(f"OPENAI_BASE_URL is not an address: {error}")) from None
+            except requests.RequestException as error:
+                fault, wait = f"{type(error).__name__}: {error}", None
+            else:
+                if status == 200:
+                    return self._read(body)
+                fault, wait = f"HTTP {status}: {_error_message(body)}", _retry_after(headers.get("Retry-After"))
+                cure = {400: "check --model and that the server speaks the chat completions API",
+                        401: "set OPENAI_API_KEY to a valid key", 403: "set OPENAI_API_KEY to a key with access to --model",
+                        404: "check --model and that OPENAI_BASE_URL ends where /chat/completions follows (often in /v1)"}
+                if status in cure:
+                    raise LLMError(self._clean(f"the LLM service refused: {fault}; {cure[status]}"))
+                if status not in (408, 409, 425, 429) and status < 500:
+                    raise LLMError(self._clean(f"the LLM service answered {fault}; check OPENAI_BASE_URL"))
+            if wait is not None and wait > MAX_WAIT:
+                break
+            if retry < RETRIES:                  # back-off with full jitter, unless the server names the time
+                time.sleep(wait if wait is not None else random.uniform(0.5, 1.0) * 2 ** retry)
+        waits = f", which asks to wait {wait:.0f} s" if wait is not None and wait > MAX_WAIT else ""
+        raise LLMError(self._clean(f"the LLM service failed {retry + 1} times, the last with {fault}{waits}; check that "
+                                   f"{self.url} can be reached, or go on later"))
+
+    def _post(self, payload):
+        """(status, headers, body) of one request, bounded in time and size; raises requests' exceptions."""
+        def authorise(request):          # as `auth`, so that a .netrc file cannot put another key in its place
+            if self.key:
+                request.headers["Authorization"] = f"Bearer {self.key}"
+            return request
+
+        deadline, body = time.monotonic() + TOTAL_TIMEOUT, bytearray()
+        with requests.post(self.url, json=payload, auth=authorise, stream=True, allow_redirects=False,
+                           timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
+            for chunk in response.iter_content(chunk_size=1):   # larger chunks would wait for a trickle to fill them
+                body += chunk
+                if len(body) > MAX_BYTES:
+                    raise requests.exceptions.ContentDecodingError(f"the reply is larger than {MAX_BYTES} bytes")
+                if time.monotonic() > deadline:
+                    raise requests.exceptions.ReadTimeout(f"the reply was not complete after {TOTAL_TIMEOUT} s")
+            return response.status_code, response.headers, bytes(body)
+
+    def _read(self, body):
+        """The Reply in the JSON of a successful answer."""
+        try:
+            answer = json.loads(body)
+            choice = answer["choices"][0]
+            text = choice["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise UnusableReply(self._clean("the service sent no chat completion but: "
+                                            f"{body[:200].decode(errors='replace')!r}")) from None
+        if choice.get("finish_reason") == "length":
+            raise UnusableReply("the answer was cut off because it was too long: be briefer")
+        if choice.get("finish_reason") == "content_filter":
+            raise UnusableReply("the answer was withheld by the service's content filter: word it differently")
+        if isinstance(text, list):       # some servers send parts
+            text = "".join(part.get("text", "") for part in text if isinstance(part, dict))
+        text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip() if isinstance(text, str) else ""
+        if not text:
+            raise UnusableReply("the answer was empty")
+        usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
+        tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        return Reply(self._clean(text), *(n if isinstance(n, int) else 0 for n in tokens))
+
+    def _clean(self, text):
+        return text.replace(self.key, "[key]") if self.key else text
+
+
+def _error_message(body):
+    """What an error reply says, in one short line."""
+    text = body.decode(errors="replace")
+    try:
+        error = json.loads(text)["error"]
+        text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        text = re.sub(r"<[^>]*>", " ", text)                # an HTML page
+    return " ".join(text.split())[:200] or "(empty)"
+
+
+def _retry_after(value):
+    """Seconds to wait by a Retry-After header, in either of its forms; None without one."""
+    try:
+        return max(0.0, float(value))
+    except (TypeError, ValueError):
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+class Manual:
+    """A person at the terminal, or any chat window: prints the prompt and reads the pasted answer."""
+
+    def __call__(self, messages):
+        print(f"\n{'=' * 30} prompt {'=' * 30}\n{messages[-1]['content']}\n{'=' * 68}")
+        print("Paste the answer, then a line that holds only END:", flush=True)
+        lines = []
+        while True:
+            try:
+                line = input()
+            except EOFError:
+                if not lines:
+                    raise LLMError("no answer: the input has ended; --llm manual needs a terminal") from None
+                break
+            if line.strip() == "END":
+                break
+            lines.append(line)
+        return Reply("\n".join(lines))
+
+
+class Replay:
+    """Answers from the transcript of an earlier run, as long as the same questions are asked in the same order."""
+
+    def __init__(self, path):
+        try:
+            self.records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+            self.records = [{"prompt": record["prompt"], **record} for record in self.records]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise LLMError(f"{path} is not a transcript that can be replayed: {error}") from None
+        self.path, self.position = path, 0
+
+    def __call__(self, messages):
+        asked = messages[-1]["content"]
+        if self.position >= len(self.records):
+            raise LLMError(f"the replay has departed from {self.path}: it ends after {self.position} exchanges")
+        record, self.position = self.records[self.position], self.position + 1
+        if asked != record["prompt"]:
+            pairs = zip((asked + "\n").splitlines(), (record["prompt"] + "\n").splitlines())
+            now, then = next((pair for pair in pairs if pair[0] != pair[1]), ("(another length)", "(another length)"))
+            raise LLMError(f"the replay has departed from {self.path} in exchange {self.position}: the question reads "
+                           f"{now.strip()[:80]!r}, in the transcript {then.strip()[:80]!r}")
+        if "error" in record:
+            raise LLMError(record["error"])
+        if "unusable" in record:
+            raise UnusableReply(record["unusable"])
+        return Reply(record["reply"], record.get("prompt_tokens", 0), record.get("completion_tokens", 0))
+
+
+def describe_attempt(label, series, units, dt, marks):
+    """One trajectory as text for a prompt: key moments, extremes, and how long each mark was met.
+
+    series: dict of (T,) arrays. units: dict of strings. dt: seconds a step. marks: (name, ">" or ">=" or "<=",
+    value) triples, the conditions that the task speaks of. The text is what rankings are made from.
+    """
+    steps = len(next(iter(series.values())))
+    moments = np.unique(np.linspace(0, steps - 1, 9).round().astype(int))
+
+    def short(value):
+        return f"{round(float(value), 3) + 0.0:g}"
+
+    def time_of(step):
+        return f"{(step + 1) * dt:.2f}"
+
+    rows = [["time [s]", *(time_of(i) for i in moments), "| lowest (at)", "highest (at)"]]
+    for name, values in series.items():
+        low, high = int(np.argmin(values)), int(np.argmax(values))
+        rows.append([f"{name} [{units[name]}]" if units[name] else name, *(short(values[i]) for i in moments),
+                     f"| {short(values[low])} ({time_of(low)})", f"{short(values[high])} ({time_of(high)})"])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [f"Attempt {label}:"]
+    lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    for name, sign, value in marks:
+        met = {">": np.greater, ">=": np.greater_equal, "<=": np.less_equal}[sign](series[name], value)
+        length, end = longest_run(met)
+        spell = f", longest unbroken run {length} steps ({time_of(end - length + 1)} to {time_of(end)} s)" if length else ""
+        lines.append(f"  {name} {sign} {value:g}: in {int(met.sum())} of {steps} steps{spell}")
+    return "\n".join(lines)
+
+
+def longest_run(met):
+    """(length, index of its last step) of the longest run of True in a (T,) array."""
+    best, end, run = 0, -1, 0
+    for step, true in enumerate(met):
+        run = run + 1 if true else 0
+        if run > best:
+            best, end = run, step
+    return best, end
+
+
+def read_code(text):
+    """The code of an answer: its last fenced block with a function in it, else what starts with `def`."""
+    blocks = [block for block in re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, flags=re.DOTALL) if "def " in block]
+    if blocks:
+        return textwrap.dedent(blocks[-1]).strip() + "\n"
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith("def ")), None)
+    if start is None:
+        raise UnusableReply("there is no function in the answer: put it into a code block that starts with ```python")
+    end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith((" ", "\t", ")", "}"))),
+               len(lines))
+    return "\n".join(lines[start:end]).strip() + "\n"
+
+
+def read_ranking(text, count):
+    """A ranking of the labels 1..count, best first: list of groups of equals, such as [[3], [1, 2], [4]].
+
+    Takes what follows the last "RANKING:" (or the last line that looks like a ranking) as a chain `3 > 1 = 2 > 4`,
+    a list, or JSON. Raises UnusableReply for missing, repeated or unknown labels.
+    """
+    tail = re.split(r"ranking\W*:|\"ranking\"\s*:", text, flags=re.IGNORECASE)
+    if len(tail) > 1:
+        body = tail[-1].strip(" \n*`")
+        body = body[:body.index("]]") + 2] if body.startswith("[[") and "]]" in body else body
+        body = (body.splitlines() or [""])[0] if not body.startswith("[\n") else body
+    else:
+        lines = [line for line in text.splitlines() if re.fullmatch(r"[\W_]*\d+([\W_]+\d+)+[\W_]*", line)]
+        if not lines:
+            raise UnusableReply('no ranking found: end with a line such as "RANKING: 2 > 4 = 1 > 3"')
+        body = lines[-1]
+    body = re.sub(r"(?i)\b(attempts?|trajector(?:y|ies)|no\.?|number)\b|#", " ", body)
+    if "[" in body:                                        # a list; a list inside it holds equals
+        inner = body[body.index("[") + 1:body.rindex("]")] if "]" in body else body[body.index("[") + 1:]
+        parts = re.findall(r"\[[^\[\]]*\]|[^,\[\]]+", inner)
+        parts = [part for part in parts if part.strip()]
+    else:
+        parts = re.split(r">|≻|," if ">" in body or "≻" in body else r",|\s+(?=\d)", body)
+    groups = []
+    for part in parts:
+        labels = re.split(r"[=~≈,\[\]\s]+", part.strip(" \t.;*`[]{}()\"'"))
+        if not all(re.fullmatch(r"\d{1,4}", label) for label in labels):
+            raise UnusableReply(f"{part.strip()[:40]!r} in the ranking is not a number of an attempt")
+        groups.append([int(label) for label in labels])
+    named = [label for group in groups for label in group]
+    wrong = [("unknown", sorted(set(named) - set(range(1, count + 1)))),
+             ("missing", sorted(set(range(1, count + 1)) - set(named))),
+             ("named more than once", sorted({label for label in named if named.count(label) > 1}))]
+    if any(labels for _, labels in wrong):
+        raise UnusableReply("the ranking must hold each number from 1 to " + f"{count} once: " + "; ".join(
+            f"{what}: {', '.join(map(str, labels))}" for what, labels in wrong if labels))
+    return groups
+
+
+def read_analysis(text, params):
+    """(what blocks the skill, new values by name) from the last JSON object with "params" in an answer.
+
+    params: dict of the present values. Raises UnusableReply for unknown names, non-numbers, and signs that a
+    positive parameter cannot have.
+    """
+    found = None
+    for match in list(re.finditer(r"\{", text))[-200:]:
+        try:
+            value, _ = json.JSONDecoder().raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and "params" in value:
+            found = value
+    if found is None:
+        raise UnusableReply('no JSON object of the form {"blocked_by": "...", "params": {"name": number}} found')
+    changes = found["params"]
+    if not isinstance(changes, dict) or not changes:
+        raise UnusableReply('"params" must hold at least one parameter with its new value')
+    for name, value in changes.items():
+        if name not in params:
+            raise UnusableReply(f"{name} is not a parameter; there are {', '.join(params)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
+            raise UnusableReply(f"the new value of {name} must be a number below 1e9, not {value!r:.40}")
+        if params[name] > 0 and value <= 0:
+            raise UnusableReply(f"{name} is a positive parameter: its new value cannot be {value:g}")
+    return " ".join(str(found.get("blocked_by", "")).split()), {name: float(v) for name, v in changes.items()}
+
+
+class Offline:
+    """NOT a language model: a scripted stand-in, so that the whole loop runs without a key and without network.
+
+    It answers from the prompt's text alone. Proposals are written out beforehand in prompts/offline/, with the
+    initial values that the paper reports (contact threshold 1 N, push weight 2.0). Preferences and failure analyses
+    are scripted in the manner of B-Pref's scripted teachers (Lee et al., 2021): a progress score per attempt, read
+    off its description, and equal preference where two scores differ by less than EQUAL.
+    """
+
+    EQUAL = 0.1
+
+    def __call__(self, messages):
+        text = messages[0]["content"]
+        task = re.search(r"^Task: (\w+)", text, flags=re.MULTILINE)
+        if len(messages) > 1 or not task or not (PROMPTS / "offline" / f"{task[1]}.txt").exists():
+            raise LLMError("the offline stand-in knows the prompts of touch, grasp and push only; set OPENAI_API_KEY or "
+                           "OPENAI_BASE_URL to ask a real LLM")
+        if '"blocked_by"' in text:
+            return Reply(self._analyse(task[1], text))
+        if "RANKING:" in text:
+            return Reply(self._rank(task[1], text))
+        return Reply((PROMPTS / "offline" / f"{task[1]}.txt").read_text())
+
+    def _attempts(self, text):
+        """{number: (features, runs)}: each feature's (first, lowest, highest, last) and each mark's longest run."""
+        attempts = {}
+        for number, body in re.findall(r"^Attempt (\d+):(.*?)(?=^Attempt \d+:|^\S|\Z)", text, re.DOTALL | re.MULTILINE):
+            features = {}
+            for name, row in re.findall(r"^ +(\w+)(?: \[[^\]]*\])? +([-\d].*\|.*\d.*)$", body, re.MULTILINE):
+                moments, extremes = row.split("|")
+                low, high = re.findall(r"(\S+) \(", extremes)
+                features[name] = (float(moments.split()[0]), float(low), float(high), float(moments.split()[-1]))
+            runs = {name: int(run[1]) if (run := re.search(r"run (\d+)", rest)) else 0
+                    for name, rest in re.findall(r"^ +(\w+) [<>]=? [\d.]+: in (.*)$", body, re.MULTILINE)}
+            attempts[int(number)] = features, runs
+        return attempts
+
+    def _score(self, task, features, runs):
+        """How far an attempt gets: 1 per stage, 2 for a task's main one; rough contact is worse than none."""
+        first, low, high, last = range(4)
+        score = np.clip((0.15 - features["hand_to_block"][low]) / 0.12, 0, 1)
+        if task == "touch":
+            rough = features["contact_force"][high] > 2 or features["block_displacement"][high] > 0.05
+            score += -0.5 if rough else 2 * min(runs["contact_force"], 10) / 10
+        elif task == "grasp":
+            held = min(runs["grip_force"], 5) / 5
+            score += held + held * min(features["block_height"][high], 0.08) / 0.08 + min(runs["block_height"], 5) / 5
+        else:
+            distance = features["block_to_goal"]
+            score += 2 * (distance[first] - distance[last]) / distance[first] + min(runs["block_to_goal"], 3) / 3
+        return float(score)
+
+    def _rank(self, task, text):
+        scores = {number: self._score(task, *attempt) for number, attempt in self._attempts(text).items()}
+        ranking, best = "", None
+        for number in sorted(scores, key=scores.get, reverse=True):
+            equal = best is not None and best - scores[number] < self.EQUAL
+            ranking += f" = {number}" if equal else f" > {number}"
+            best = best if equal else scores[number]
+        listed = "\n".join(f"Attempt {number}: progress {score:.2f}" for number, score in scores.items())
+        return f"Scripted preferences of the offline stand-in, not an LLM's.\n{listed}\n\nRANKING: {ranking[3:]}"
+
+    def _analyse(self, task, text):
+        theta = {name: float(value) for name, value in re.findall(r"(\w+)=([-+\d.e]+)", text)}
+        attempts = list(self._attempts(text).values())
+
+        def highest(name):
+            return max(features[name][2] for features, _ in attempts)
+
+        if task == "touch" and 0 < highest("contact_force") <= theta["contact_threshold"]:
+            why, params = "no contact is as strong as contact_threshold", {
+                "contact_threshold": 0.3 * highest("contact_force")}
+        elif task == "touch" and highest("contact_force") > 2:
+            why, params = "the robot presses too hard", {"press_weight": 3 * theta["press_weight"]}
+        elif task == "touch" and highest("block_displacement") > 0.05:
+            why, params = "the robot pushes the block away", {"slide_weight": 3 * theta["slide_weight"]}
+        elif task == "touch":
+            why, params = "contact does not pay enough", {"contact_weight": 2 * theta["contact_weight"]}
+        elif task == "grasp" and 0 < highest("grip_force") <= theta["grip_threshold"]:
+            why, params = "no grip is as firm as grip_threshold", {"grip_threshold": 0.3 * highest("grip_force")}
+        elif task == "grasp" and highest("grip_force") == 0:
+            why, params = "the fingers never hold the block", {"grip_weight": 2 * theta["grip_weight"]}
+        elif task == "grasp":
+            why, params = "lifting does not pay enough", {"lift_weight": 2 * theta["lift_weight"]}
+        else:
+            why, params = "touching the block pays almost as much as pushing it", {
+                "push_weight": 3 * theta["push_weight"]}
+        answer = json.dumps({"blocked_by": why, "params": {name: float(f"{v:.3g}") for name, v in params.items()}})
+        return f"Scripted failure analysis of the offline stand-in, not an LLM's.\n\n```json\n{answer}\n```"

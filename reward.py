@@ -1,0 +1,290 @@
+"""R_θ: reward functions that an LLM wrote, compiled from a restricted language into vectorised numpy.
+
+    reward = Reward('''
+    def reward(distance, force, reach_weight=1.0, force_threshold=1.0):
+        near = np.exp(-distance / 0.1)
+        return {"reach": reach_weight * near, "contact": np.where(force > force_threshold, 1.0, 0.0)}
+    ''', features=["distance", "force"])
+    reward.params                                     # {"reach_weight": 1.0, "force_threshold": 1.0}, the initial θ
+    reward.terms({"distance": d, "force": f})         # {"reach": array, "contact": array}
+    reward.total({"distance": d, "force": f}, {"force_threshold": 0.1})
+
+The function's arguments without default are features, those with a default are θ with its initial values, and
+it returns a dict of named terms, whose sum is the reward. The language is what elementwise arithmetic needs and
+no more. Safety comes from construction: source is parsed, never executed as it stands; every node of its tree
+must be on a whitelist; and what is compiled sees no builtins, only the functions below.
+"""
+
+import ast
+import difflib
+import warnings
+
+import numpy as np
+
+# All elementwise: an array keeps its shape, so memory and time are bounded by the source's length, and the
+# same code scores one step, a whole buffer or many chains of parameters.
+FUNCTIONS = {name: getattr(np, name) for name in (
+    "abs", "arctan", "ceil", "clip", "cos", "exp", "expm1", "floor", "hypot", "log", "log10", "log1p", "log2",
+    "logical_and", "logical_not", "logical_or", "maximum", "minimum", "power", "sign", "sin", "sqrt", "square",
+    "tan", "tanh", "where")}
+FUNCTIONS |= {"absolute": np.abs, "max": np.maximum, "min": np.minimum, "pow": np.power}
+ARITY = {"clip": 3, "hypot": 2, "where": 3, "logical_and": 2, "logical_or": 2, "maximum": 2, "minimum": 2,
+         "power": 2, "max": 2, "min": 2, "pow": 2}                                      # all others take 1
+
+NODES = (ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Expr, ast.Dict, ast.Name,
+         ast.Load, ast.Store, ast.Constant, ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare,
+         ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.BitAnd, ast.BitOr, ast.Invert, ast.UAdd, ast.USub,
+         ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
+HINTS = {
+    ast.Import: "imports are not allowed; the listed functions are there already",
+    ast.ImportFrom: "imports are not allowed; the listed functions are there already",
+    ast.IfExp: "write np.where(condition, a, b) instead of 'a if condition else b'",
+    ast.If: "write np.where(condition, a, b) instead of an if statement",
+    ast.BoolOp: "write (a) & (b) or (a) | (b) instead of and/or",
+    ast.Not: "write ~(a) instead of not",
+    ast.AugAssign: "assign to a new name instead of using += and the like",
+    ast.Subscript: "features and parameters are arguments, used by their bare names",
+    ast.Attribute: "the only attributes are np.NAME with NAME from the list of functions",
+    ast.For: "no loops: the features are arrays already",
+    ast.While: "no loops: the features are arrays already",
+}
+MAX_CHARS, MAX_NODES, MAX_PARAMS = 8000, 1500, 20
+
+
+class RewardError(ValueError):
+    """A reward source that is not in the language or cannot be used; the message says where and why."""
+
+
+def _fail(node, reason):
+    raise RewardError(f"line {node.lineno}: {reason}" if hasattr(node, "lineno") else reason)
+
+
+class Reward:
+    """A compiled reward: `source`, `name`, `features` (the names it reads) and `params` (name to initial value).
+
+    Raises RewardError for source outside the language.
+    """
+
+    def __init__(self, source, features):
+        self.source = source
+        function = _parse(source)
+        _check_nodes(function)
+        self.name = function.name
+        self.features, self.params = _signature(function, list(features))
+        self.term_names = _body(function, {*self.features, *self.params})
+        tree = ast.Module([_Lower().visit(function)], type_ignores=[])
+        namespace = {**FUNCTIONS, "__builtins__": {}}
+        exec(compile(ast.fix_missing_locations(tree), "<reward>", "exec"), namespace)
+        self._function = namespace[self.name]
+
+    def terms(self, features, params=None):
+        """Named terms as float arrays of the common shape of `features` and `params`.
+
+        features: dict of arrays (...,), at least those in `self.features`. params: dict that overrides initial
+        values; values of shape (C, 1) against features of shape (N,) give terms of shape (C, N).
+        Raises RewardError when the arithmetic itself fails, never for results that are not finite.
+        """
+        arguments = {name: np.asarray(features[name], dtype=float) for name in self.features}
+        for name, value in {**self.params, **(params or {})}.items():
+            arguments[name] = np.asarray(value, dtype=float)
+        shape = np.broadcast_shapes(*(a.shape for a in arguments.values()))
+        try:
+            with np.errstate(all="ignore"):
+                values = self._function(**arguments)
+                return {name: np.broadcast_to(np.asarray(value, dtype=float), shape) for name, value in values.items()}
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise RewardError(f"the reward cannot be computed: {type(error).__name__}: {error}") from None
+
+    def total(self, features, params=None):
+        """r_θ(f): the sum of the terms, same shapes as `terms`."""
+        return sum(self.terms(features, params).values())
+
+    def check(self, features):
+        """Raises RewardError naming every term that is not finite on `features` (dict of (N,) arrays)."""
+        bad = [name for name, value in self.terms(features).items() if not np.isfinite(value).all()]
+        if bad:
+            raise RewardError(f"not finite (NaN or infinity) on real features: term {', '.join(bad)}")
+
+    def source_with(self, params):
+        """The source with the defaults replaced by `params`; comments and layout are kept."""
+        function = _parse(self.source)
+        lines = self.source.encode().splitlines(keepends=True)   # ast counts columns in bytes
+        defaults = {arg.arg: node for arg, node in _defaults(function.args)}
+        # From the end backwards, so that a replacement does not move the ones still to come.
+        for name, node in sorted(defaults.items(), key=lambda item: (item[1].lineno, item[1].col_offset), reverse=True):
+            line = lines[node.lineno - 1]
+            value = f"{params.get(name, self.params[name]):.6g}".encode()
+            lines[node.lineno - 1] = line[:node.col_offset] + value + line[node.end_col_offset:]
+        return b"".join(lines).decode()
+
+
+def _parse(source):
+    """The one function in `source`, as a tree."""
+    if len(source) > MAX_CHARS:
+        raise RewardError(f"the source has {len(source)} characters, more than the {MAX_CHARS} allowed")
+    if not source.isascii():
+        line = next(i for i, text in enumerate(source.splitlines(), 1) if not text.isascii())
+        raise RewardError(f"line {line}: only ASCII characters are allowed in code and comments")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = ast.parse(source)
+    except SyntaxError as error:
+        raise RewardError(f"line {error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise RewardError(f"the source cannot be parsed: {type(error).__name__}") from None
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
+    for node in module.body:
+        if not isinstance(node, ast.FunctionDef):
+            _fail(node, HINTS.get(type(node), "only one function definition is allowed, nothing beside it"))
+    if len(functions) != 1:
+        raise RewardError(f"expected exactly one function definition, found {len(functions)}")
+    return functions[0]
+
+
+def _check_nodes(function):
+    """Every node is on the whitelist; there are not too many; nothing hangs on the function itself."""
+    if function.decorator_list or function.returns or getattr(function, "type_params", None):
+        _fail(function, "decorators, annotations and type parameters are not allowed")
+    nodes = [(function, 0)]
+    for count, (node, depth) in enumerate(nodes):    # grows while it is walked: breadth first, no recursion
+        if count > MAX_NODES:
+            raise RewardError(f"the source is too long: more than {MAX_NODES} syntax nodes")
+        if depth > 60:
+            _fail(node, "expressions are nested too deeply")
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np" \
+                and node.attr in FUNCTIONS:
+            continue                                  # np.exp: its place, as what is called, is checked in _Lower
+        if not isinstance(node, NODES):
+            what = type(node).__name__
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
+                close = difflib.get_close_matches(node.attr, FUNCTIONS, 1)
+                _fail(node, f"np.{node.attr} is not available" + (f"; is np.{close[0]} meant?" if close else
+                                                                  f"; there are {', '.join(sorted(FUNCTIONS))}"))
+            _fail(node, HINTS.get(type(node), f"{what} is not part of the language"))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            _fail(node, HINTS[ast.Not])
+        if isinstance(node, ast.Compare) and len(node.ops) > 1:
+            _fail(node, "write (a < b) & (b < c) instead of a < b < c")
+        if isinstance(node, ast.arg) and node.annotation:
+            _fail(node, "annotations are not allowed")
+        if isinstance(node, ast.FunctionDef) and node is not function:
+            _fail(node, "functions inside the function are not allowed")
+        children = [child for child in ast.iter_child_nodes(node)
+                    if not (isinstance(node, ast.UnaryOp) and isinstance(child, ast.Not))]
+        nodes += [(child, depth + 1) for child in children]
+
+
+def _defaults(args):
+    """(argument, default) of each argument that has one."""
+    positional = args.posonlyargs + args.args
+    pairs = list(zip(positional[len(positional) - len(args.defaults):], args.defaults))
+    return pairs + [(arg, default) for arg, default in zip(args.kwonlyargs, args.kw_defaults) if default is not None]
+
+
+def _signature(function, offered):
+    """(features, params): the arguments without and with a default."""
+    args = function.args
+    if args.vararg or args.kwarg:
+        _fail(function, "*args and **kwargs are not allowed: name each feature and parameter")
+    if args.posonlyargs:
+        _fail(function, "the / marker is not allowed: arguments are passed by name")
+    params = {}
+    for arg, default in _defaults(args):
+        value = default.operand if isinstance(default, ast.UnaryOp) and isinstance(default.op, ast.USub) else default
+        if not isinstance(value, ast.Constant) or type(value.value) not in (int, float):
+            _fail(default, f"the default of parameter {arg.arg} must be a plain number")
+        params[arg.arg] = _number(value) * (-1.0 if value is not default else 1.0)
+        if arg.arg in offered:
+            _fail(arg, f"{arg.arg} is a feature: it cannot have a default value")
+    features = [arg.arg for arg in args.args + args.kwonlyargs if arg.arg not in params]
+    for arg in args.args + args.kwonlyargs:
+        if arg.arg in FUNCTIONS or arg.arg == "np" or arg.arg.startswith("__"):
+            _fail(arg, f"{arg.arg} is reserved: give the argument another name")
+        if arg.arg in features and arg.arg not in offered:
+            _fail(arg, f"{arg.arg} is not a feature of this task (they are: {', '.join(offered)}); a parameter needs "
+                  "a default value")
+    if not params:
+        _fail(function, "there are no parameters: give each tunable number a name and a default in the signature")
+    if len(params) > MAX_PARAMS:
+        _fail(function, f"{len(params)} parameters are more than the {MAX_PARAMS} allowed")
+    return features, params
+
+
+def _body(function, arguments):
+    """Assignments, then one return of a dict of named terms: checks names and gives those of the terms."""
+    body, known = list(function.body), set(arguments)
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+        body.pop(0)                                    # a docstring
+    for position, statement in enumerate(body):
+        if isinstance(statement, ast.Return):
+            if position != len(body) - 1:
+                _fail(statement, "return must be the last statement")
+            if not isinstance(statement.value, ast.Dict) or not statement.value.keys:
+                _fail(statement, 'return a dict of named terms, such as {"reach": reach, "contact": contact}')
+            names = []
+            for key, value in zip(statement.value.keys, statement.value.values):
+                if not isinstance(key, ast.Constant) or not isinstance(key.value, str) or not key.value.isidentifier():
+                    _fail(statement, "each key of the returned dict must be a term's name in quotes")
+                if key.value in names:
+                    _fail(statement, f"term {key.value} is returned twice")
+                names.append(key.value)
+                _check_expression(value, known)
+            return names
+        if not isinstance(statement, ast.Assign):
+            _fail(statement, HINTS.get(type(statement), "only assignments and one return are allowed"))
+        target = statement.targets[0]
+        if len(statement.targets) > 1 or not isinstance(target, ast.Name):
+            _fail(statement, "assign to one plain name at a time")
+        if target.id in arguments or target.id in FUNCTIONS or target.id == "np" or target.id.startswith("__"):
+            _fail(statement, f"{target.id} already has a meaning: assign to another name")
+        _check_expression(statement.value, known)
+        known.add(target.id)
+    _fail(function, "the function does not return anything")
+
+
+def _check_expression(expression, known):
+    """Names are known, calls are to the listed functions with the right number of arguments, constants numbers."""
+    called = set()
+    for node in ast.walk(expression):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            if name not in FUNCTIONS or name in known:
+                _fail(node, f"{name or 'this'} cannot be called; there are {', '.join(sorted(FUNCTIONS))}")
+            if node.keywords or any(isinstance(a, ast.Starred) for a in node.args) \
+                    or len(node.args) != ARITY.get(name, 1):
+                _fail(node, f"{name} takes {ARITY.get(name, 1)} plain arguments")
+            called |= {node.func, getattr(node.func, "value", None)}
+        elif isinstance(node, ast.Attribute) and node not in called:
+            _fail(node, f"np.{node.attr} must be called")
+        elif isinstance(node, ast.Name) and node not in called and node.id not in known:
+            close = difflib.get_close_matches(node.id, known, 1)
+            _fail(node, f"unknown name {node.id}" + (f"; is {close[0]} meant?" if close else ""))
+        elif isinstance(node, ast.Constant):
+            _number(node)
+        elif isinstance(node, (ast.Dict, ast.Expr)):
+            _fail(node, "a dict can only be returned")
+
+
+def _number(constant):
+    """A constant as a finite float."""
+    value = constant.value
+    if type(value) not in (int, float):
+        _fail(constant, f"{value!r:.40} is not a number")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = float("inf")
+    if not np.isfinite(value):
+        _fail(constant, "the number is too large")
+    return value
+
+
+class _Lower(ast.NodeTransformer):
+    """np.exp becomes exp; numbers become floats, so that no power of integers can grow without bound."""
+
+    def visit_Attribute(self, node):
+        return ast.Name(node.attr, ast.Load())
+
+    def visit_Constant(self, node):
+        return ast.Constant(float(node.value)) if type(node.value) in (int, float) else node

@@ -1,0 +1,449 @@
+"""Learning Reward for Physical Skills using Large Language Model (Zeng & Xu, 2023): Algorithm 1.
+
+    python selfalign.py --task touch                    # no API key set: a scripted stand-in plays the LLM
+    python selfalign.py --play runs/touch-selfalign-1   # watch the policy
+
+An LLM writes a parameterised reward R_θ; DrQ-v2 trains on it; every 10,000 steps the LLM ranks some of the
+robot's trajectories; where it disagrees with R_θ, Metropolis-Hastings re-samples θ from the preferences; where it
+agrees and the skill still fails, the LLM says what blocks it. `train` is the algorithm, top to bottom.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from drqv2 import DrQV2, ReplayBuffer
+from envs import DT, EPISODE_STEPS, FEATURES, TASKS, PandaEnv, describe_features
+from llm import (Chat, LLM, LLMError, Manual, Offline, Replay, describe_attempt, prompt, read_analysis, read_code,
+                 read_ranking)
+from mh import preference_loss, sample_posterior
+from reward import FUNCTIONS, Reward, RewardError
+
+UPDATE_EVERY = 10_000      # environment steps between two updates of θ
+EVAL_EVERY = 1_000         # environment steps between two evaluations
+EVAL_EPISODES = 20
+RANKED = 8                 # K, trajectories in one ranking
+EXPLORE_STEPS = 1_000      # uniform random actions first
+DISCOUNT = 0.97
+
+# DrQ-v2's own settings for pixels; for states, a smaller network that learns faster from few samples.
+AGENT = {"pixels": dict(lr=1e-4, hidden_dim=1024, std=(1.0, 0.1, 50_000)),
+         "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000))}
+BATCH = {"pixels": 256, "state": 128}
+
+
+def train(args, llm, run):
+    """Algorithm 1. Returns the number of environment steps to 100 % success, or None within args.steps."""
+    task = TASKS[args.task]
+    env, eval_env = PandaEnv(args.task, args.obs), PandaEnv(args.task, args.obs)
+    torch.manual_seed(args.seed)
+    rng, mh_rng = np.random.default_rng([args.seed, 0]), np.random.default_rng([args.seed, 1])
+    agent = DrQV2(env.obs_shape, env.action_shape, device=args.device, **AGENT[args.obs])
+    buffer = ReplayBuffer(args.steps + args.steps // EPISODE_STEPS + 2, env.obs_shape, env.action_shape,
+                          n_features=len(task.features), obs_dtype=env.obs_dtype,
+                          frame_stack=3 if args.obs == "pixels" else 1, discount=DISCOUNT, seed=args.seed)
+    run.policy = agent
+    eval_env.reset(seed=1_000_000 + args.seed)
+
+    # R_θ ← the LLM proposes a reward; θ, its parameters; D, the preferences
+    reward, theta = None, {}
+    if args.reward != "sparse":
+        reward = propose_reward(llm, args.task, random_features(args.task))
+        theta = prior = dict(reward.params)
+        say_reward(reward)
+        run.record_theta(0, "proposal", theta)
+        run.save_reward(reward, theta)
+    trajectories, preferences = [], []
+    period_start, previous_success, started = 0, 0.0, time.monotonic()
+
+    obs, _ = env.reset(seed=args.seed)
+    buffer.begin(obs)
+    for step in range(1, args.steps + 1):
+        # train the DrQ-v2 policy on R_θ
+        action = rng.uniform(-1, 1, 4) if step <= EXPLORE_STEPS else agent.act(obs, step)
+        obs, sparse_reward, terminated, truncated, info = env.step(action)
+        features = list(info["features"].values())
+        r = sparse_reward if reward is None else float(reward.total(info["features"], theta))
+        buffer.add(action, obs, r, terminated, truncated, features)
+        if terminated or truncated:
+            obs, _ = env.reset()
+            buffer.begin(obs)
+        if step > EXPLORE_STEPS and step % 2 == 0:
+            losses = agent.update(buffer.sample(BATCH[args.obs]), step)
+
+        # stop when every one of the evaluation episodes succeeds, twice running
+        if step % EVAL_EVERY == 0 and step > EXPLORE_STEPS:
+            success, return_ = evaluate(agent, eval_env, reward, theta)
+            run.record_metrics(step, success, return_, losses)
+            say_progress(step, args.steps, success, return_, started)
+            if success == previous_success == 1.0:
+                return step - EVAL_EVERY
+            previous_success = success
+
+        if step % UPDATE_EVERY == 0 and args.reward == "selfalign" and step < args.steps:
+            # T ← K trajectories of the replay buffer's last period, spread over the range of R_θ
+            period, period_start = buffer.episodes(since=period_start), buffer.rows
+            returns = returns_of(reward, theta, period, task.features)
+            chosen = rng.permutation(np.argsort(returns)[np.linspace(0, len(period) - 1, RANKED).round().astype(int)])
+            T, R = [period[i] for i in chosen], returns[chosen]
+            # ask the LLM to rank T from their text descriptions; rank T by R_θ
+            try:
+                groups = rank_attempts(llm, args.task, T)
+                pairs = [(i, j) for rank, better in enumerate(groups) for worse in groups[rank + 1:]
+                         for i in better for j in worse]
+                wrong = [(i, j) for i, j in pairs if R[i] <= R[j]]
+                say_rankings(groups, R, wrong, pairs)
+                before = theta
+                if wrong:
+                    # they disagree: D ← D ∪ pairs; θ ← posterior of p(θ | D) by Metropolis-Hastings
+                    preferences += [(len(trajectories) + i, len(trajectories) + j) for i, j in pairs]
+                    trajectories += T
+                    posterior = align(reward, prior, trajectories, preferences, task.features, mh_rng)
+                    theta = dict(zip(theta, posterior.median.tolist()))
+                    say_posterior(posterior, before, theta)
+                    run.record_theta(step, "posterior", theta, posterior)
+                else:
+                    # they agree, it fails: ask the LLM what blocks the skill and which parameters to change
+                    blocked_by, changes = analyse_failure(llm, args.task, reward, theta, T, R, previous_success)
+                    theta = {**theta, **changes}
+                    prior = {**prior, **changes}
+                    say_analysis(blocked_by, before, changes)
+                    run.record_theta(step, "analysis", theta)
+                # relabel the whole replay buffer with the new R_θ
+                buffer.relabel(lambda f: reward.total(dict(zip(task.features, f.T)), theta))
+                run.save_reward(reward, theta)
+            except LLMError as error:
+                print(f"\n  The LLM gave no usable answer; training goes on with the θ it has.\n  {error}\n", flush=True)
+    return None
+
+
+def random_features(task):
+    """Features (dict of (N,) arrays) of two episodes of random actions: real numbers to try a proposal on."""
+    env, rng, rows = PandaEnv(task), np.random.default_rng(0), []
+    for episode in range(2):
+        env.reset(seed=episode)
+        rows += [env.step(rng.uniform(-1, 1, 4))[4]["features"] for _ in range(EPISODE_STEPS)]
+    env.close()
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def propose_reward(llm, task, features):
+    """The LLM's reward for `task`; what does not parse, run or stay finite on `features` goes back to it."""
+    def parse(text):
+        reward = Reward(read_code(text), TASKS[task].features)
+        reward.check(features)
+        return reward
+
+    question = prompt("propose", task=task, goal=TASKS[task].goal, features=describe_features(task),
+                      functions=", ".join(sorted(FUNCTIONS)))
+    return llm.ask("propose", question, parse)
+
+
+def returns_of(reward, theta, trajectories, names):
+    """R_θ(τ) = Σ_t r_θ(f_t) of each trajectory, a (T, F) array of features.
+
+    Shape (K,); with arrays of shape (C, 1) as θ's values, shape (C, K).
+    """
+    total = reward.total(dict(zip(names, np.concatenate(trajectories).T)), theta)
+    starts = np.cumsum([0] + [len(trajectory) for trajectory in trajectories[:-1]])
+    return np.add.reduceat(total, starts, axis=-1)
+
+
+def align(reward, prior, trajectories, preferences, names, rng):
+    """The posterior of θ given preferences, pairs of indices into `trajectories`; prior: θ's centre by name."""
+    def log_likelihood(theta):
+        params = {name: theta[:, i:i + 1] for i, name in enumerate(prior)}
+        return -preference_loss(returns_of(reward, params, trajectories, names), preferences)
+
+    return sample_posterior(log_likelihood, list(prior.values()), rng=rng)
+
+
+def describe(task, trajectories, notes=None):
+    """Trajectories as text, numbered from 1 in the order given, each followed by its note."""
+    names, units = TASKS[task].features, {name: FEATURES[name].unit for name in TASKS[task].features}
+    texts = [describe_attempt(i + 1, dict(zip(names, trajectory.T)), units, DT, TASKS[task].marks)
+             for i, trajectory in enumerate(trajectories)]
+    return "\n\n".join(f"{text}\n  {note}" if note else text for text, note in zip(texts, notes or [""] * len(texts)))
+
+
+def rank_attempts(llm, task, trajectories):
+    """The LLM's ranking of trajectories: groups of equally good indices, best first."""
+    question = prompt("rank", count=len(trajectories), task=task, goal=TASKS[task].goal,
+                      features=describe_features(task), trajectories=describe(task, trajectories))
+    groups = llm.ask("rank", question, lambda text: read_ranking(text, len(trajectories)))
+    return [[label - 1 for label in group] for group in groups]
+
+
+def analyse_failure(llm, task, reward, theta, trajectories, returns, success):
+    """(what blocks the skill, new values of some parameters), by the LLM."""
+    order = np.argsort(-returns)
+    notes = []
+    for i in order:
+        terms = reward.terms(dict(zip(TASKS[task].features, trajectories[i].T)), theta)
+        notes.append(f"reward {returns[i]:.2f} = " + " + ".join(f"{v.sum():.2f} ({k})" for k, v in terms.items()))
+    question = prompt("analyse", task=task, goal=TASKS[task].goal, features=describe_features(task),
+                      reward=reward.source_with(theta).strip(), success=round(success * EVAL_EPISODES),
+                      episodes=EVAL_EPISODES, trajectories=describe(task, [trajectories[i] for i in order], notes))
+    return llm.ask("analyse", question, lambda text: read_analysis(text, theta))
+
+
+def evaluate(agent, env, reward, theta):
+    """(success rate, mean return) of the greedy policy over EVAL_EPISODES fresh episodes.
+
+    The return is R_θ(τ), or the sum of the sparse reward where there is no R_θ.
+    """
+    successes, returns = 0, []
+    for _ in range(EVAL_EPISODES):
+        obs, _ = env.reset()
+        succeeded, sparse_return, rows, truncated = False, 0.0, [], False
+        while not truncated:
+            obs, sparse_reward, _, truncated, info = env.step(agent.act(obs, 0, explore=False))
+            succeeded |= info["success"]
+            sparse_return += sparse_reward
+            rows.append(list(info["features"].values()))
+        successes += succeeded
+        returns.append(sparse_return if reward is None else
+                       returns_of(reward, theta, [np.array(rows)], env.feature_names)[0])
+    return successes / EVAL_EPISODES, float(np.mean(returns))
+
+
+class Run:
+    """The folder a run leaves behind: settings.json, metrics.csv, theta.csv, llm.jsonl, reward.py, policy.pt.
+
+    Files are written whole and moved into place, so that what stood there survives a failure. What cannot be
+    written (a full disk) is kept and tried again with the next write; `close` falls back to the temporary folder.
+    """
+
+    def __init__(self, folder, settings):
+        self.folder, self.policy = Path(folder), None
+        self.files, self.failed = {}, {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if any(self.folder.iterdir()):
+                sys.exit(f"{folder} is not empty: choose another --out, or delete it")
+        except OSError as error:
+            sys.exit(f"cannot make the folder {folder}: {error.strerror}; choose another --out")
+        self._table("metrics.csv", ["step", "success", "return", "critic_loss", "actor_loss", "q"])
+        self._table("theta.csv", ["step", "cause", "name", "value", "low", "high", "rhat", "ess"])
+        self._write("settings.json", json.dumps(settings, indent=2) + "\n")
+        self._write("llm.jsonl", "")
+
+    def record_metrics(self, step, success, return_, losses):
+        """One evaluation; the policy is saved beside it."""
+        self._row("metrics.csv", [step, success, f"{return_:.6g}"] + [f"{v:.6g}" for v in losses.values()])
+        buffer = io.BytesIO()
+        torch.save(self.policy.state_dict(), buffer)
+        self._write("policy.pt", buffer.getvalue())
+
+    def record_theta(self, step, cause, theta, posterior=None):
+        """θ after the proposal, a posterior (with its 90 % interval and diagnostics) or a failure analysis."""
+        blank = [[""] * len(theta)] * 4
+        extra = blank if posterior is None else [*posterior.interval(0.9), posterior.rhat, posterior.ess]
+        for name, value, *rest in zip(theta, theta.values(), *extra):
+            self._row("theta.csv", [step, cause, name, f"{value:.6g}", *(f"{x:.6g}" if x != "" else "" for x in rest)])
+
+    def record_exchange(self, exchange):
+        """One question to the LLM and its answer, as a line of JSON."""
+        self._append("llm.jsonl", json.dumps(exchange) + "\n")
+
+    def save_reward(self, reward, theta):
+        """The reward with θ as its defaults, as a Python file that works anywhere numpy is."""
+        self._write("reward.py", f"import numpy as np\n\n\n{reward.source_with(theta).strip()}\n")
+
+    def close(self):
+        """Last try to write what could not be written. Returns the folder that holds everything."""
+        if self.failed:
+            for name in list(self.failed):
+                self._write(name, self.files[name])
+        if self.failed:
+            rescue = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-"))
+            for name, content in self.files.items():
+                (rescue / name).write_bytes(content)
+            print(f"What could not be written to {self.folder} is in {rescue}.", file=sys.stderr)
+            return rescue
+        return self.folder
+
+    def _table(self, name, columns):
+        self._write(name, ",".join(columns) + "\n")
+
+    def _row(self, name, values):
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(values)
+        self._append(name, line.getvalue())
+
+    def _append(self, name, text):
+        self._write(name, self.files[name] + text.encode())
+
+    def _write(self, name, content):
+        self.files[name] = content.encode() if isinstance(content, str) else content
+        try:
+            part = self.folder / (name + ".part")
+            part.write_bytes(self.files[name])
+            os.replace(part, self.folder / name)
+            self.failed.pop(name, None)
+        except OSError as error:
+            if name not in self.failed:
+                print(f"\n  Cannot write {self.folder / name}: {error.strerror}. Training goes on and the file is kept "
+                      "in memory; free some space and it will be written.\n", file=sys.stderr, flush=True)
+            self.failed[name] = error
+
+
+def say_reward(reward):
+    print("\nThe proposed reward R_θ; its defaults are the initial θ:\n")
+    print("    " + reward.source.strip().replace("\n", "\n    ") + "\n", flush=True)
+
+
+def say_progress(step, steps, success, return_, started):
+    speed = step / (time.monotonic() - started)
+    left = time.strftime("%H:%M:%S", time.gmtime((steps - step) / speed))
+    bar = "█" * round(success * 20)
+    print(f"{step:>8,} steps | success {success:>4.0%} {bar:·<20} | return {return_:>8.2f} | {speed:4.0f} steps/s | "
+          f"at most {left} left", flush=True)
+
+
+def say_rankings(groups, returns, wrong, pairs):
+    by_reward = np.argsort(-returns, kind="stable")
+    print(f"\n  Ranking {len(returns)} trajectories of the last period, best first")
+    print("    LLM     " + " > ".join(" = ".join(str(i + 1) for i in group) for group in groups))
+    print("    reward  " + " > ".join(str(i + 1) for i in by_reward))
+    print(f"  They disagree on {len(wrong)} of the {len(pairs)} pairs that the LLM orders"
+          + (": " + ", ".join(f"{i + 1}>{j + 1}" for i, j in wrong[:8]) + (", ..." if len(wrong) > 8 else "")
+             if wrong else "."), flush=True)
+
+
+def say_posterior(posterior, before, after):
+    chains, draws, _ = posterior.samples.shape
+    print(f"\n  Metropolis-Hastings, {chains} chains of {draws:,} draws: acceptance {posterior.acceptance:.2f}, "
+          f"R-hat up to {posterior.rhat.max():.3f}, effective sample size from {posterior.ess.min():.0f}")
+    if not posterior.mixed:
+        print("  The sampler has NOT mixed: take this θ and its intervals with care.")
+    print(f"    {'θ':<20} {'before':>10} {'after':>10}   90 % interval")
+    for name, low, high in zip(after, *posterior.interval(0.9)):
+        print(f"    {name:<20} {before[name]:>10.4g} {after[name]:>10.4g}   {low:.3g} to {high:.3g}")
+    print(flush=True)
+
+
+def say_analysis(blocked_by, before, changes):
+    print(f"\n  They agree, yet the skill fails. What blocks it, in the LLM's words: {blocked_by}")
+    for name, value in changes.items():
+        print(f"    {name:<20} {before[name]:>10.4g} {value:>10.4g}")
+    print(flush=True)
+
+
+def play(folder, frames, episodes):
+    """Shows a learnt policy in a window, or saves its frames as PNG files in the folder `frames`."""
+    try:
+        settings = json.loads((Path(folder) / "settings.json").read_text())
+        state = torch.load(Path(folder) / "policy.pt", map_location="cpu", weights_only=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{folder} holds no finished run to play ({error}); name a folder under runs/")
+    if frames:
+        try:
+            from PIL import Image
+        except ImportError:
+            sys.exit('saving frames needs Pillow: pip install ".[frames]"')
+        Path(frames).mkdir(parents=True, exist_ok=True)
+    elif sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        sys.exit("there is no display to open a window on: add --frames FOLDER to save pictures instead")
+    env = PandaEnv(settings["task"], settings["obs"], render_mode="rgb_array" if frames else "human")
+    agent = DrQV2(env.obs_shape, env.action_shape, **AGENT[settings["obs"]])
+    agent.load_state_dict(state)
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=episode)
+        succeeded = truncated = False
+        while not truncated:
+            if frames:
+                Image.fromarray(env.render()).save(Path(frames) / f"episode{episode}-{env.t:02d}.png")
+            obs, _, _, truncated, info = env.step(agent.act(obs, 0, explore=False))
+            succeeded |= info["success"]
+        print(f"episode {episode}: {'success' if succeeded else 'no success'}", flush=True)
+    env.close()
+
+
+def choose_backend(args):
+    """The LLM behind --llm, and the line that names it on the screen."""
+    kind = args.llm
+    if kind == "auto":
+        kind = "chat" if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL") else "offline"
+    if kind == "chat":
+        backend = Chat(args.model)
+        return backend, f"{backend.model} at {backend.url}"
+    if kind == "offline":
+        why = "" if args.llm == "offline" else " (OPENAI_API_KEY and OPENAI_BASE_URL are not set)"
+        return Offline(), f"offline stand-in{why}: scripted answers, NOT a language model"
+    if kind == "manual":
+        return Manual(), "you: paste the answers at the prompt"
+    if kind.startswith("replay:"):
+        return Replay(kind[len("replay:"):]), f"none: answers are replayed from {kind[len('replay:'):]}"
+    raise LLMError(f"unknown --llm {kind}: choose auto, chat, offline, manual or replay:FILE")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(TASKS), default="touch")
+    parser.add_argument("--reward", choices=["selfalign", "fixed", "sparse"], default="selfalign",
+                        help="selfalign: the whole algorithm; fixed: the LLM's first reward; sparse: 1 on success")
+    parser.add_argument("--obs", choices=["state", "pixels"], default="state")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=60_000, help="environment steps at most (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda (default: %(default)s)")
+    parser.add_argument("--llm", default="auto", metavar="auto|chat|offline|manual|replay:FILE",
+                        help="auto: chat where OPENAI_API_KEY or OPENAI_BASE_URL is set, else offline")
+    parser.add_argument("--model", default=os.environ.get("OPENAI_MODEL"), help="the LLM's name at the service")
+    parser.add_argument("--out", help="folder of the run (default: runs/TASK-REWARD-SEED)")
+    parser.add_argument("--play", metavar="RUN", help="show the policy of a run's folder instead of training")
+    parser.add_argument("--frames", metavar="FOLDER", help="with --play: save pictures instead of opening a window")
+    parser.add_argument("--episodes", type=int, default=5, help="with --play: how many (default: %(default)s)")
+    args = parser.parse_args()
+    if args.seed < 0 or args.steps < 1 or args.episodes < 1:
+        parser.error("--seed must be 0 or more, --steps and --episodes 1 or more")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.play:
+        return play(args.play, args.frames, args.episodes)
+    if args.obs == "state":
+        torch.set_num_threads(1)      # networks this small lose time to a second thread
+    try:
+        backend, who = choose_backend(args)
+    except LLMError as error:
+        sys.exit(f"selfalign: {error}")
+    folder = args.out or next(name for name in (f"runs/{args.task}-{args.reward}-{args.seed}{suffix}" for suffix in
+                                                ["", *(f"-{i}" for i in range(2, 10_000))]) if not Path(name).exists())
+    run = Run(folder, {name: value for name, value in vars(args).items() if name not in ("play", "frames", "episodes")})
+    llm = LLM(backend, run.record_exchange)
+    print(f"Task: {args.task}. {TASKS[args.task].goal}\nReward: {args.reward}, observations: {args.obs}, seed {args.seed}. "
+          f"Everything is kept in {folder}.\nLLM: {'none is asked' if args.reward == 'sparse' else who}", flush=True)
+    steps = None
+    try:
+        steps = train(args, llm, run)
+        print(f"\nDone: {args.task} reached {EVAL_EPISODES} of {EVAL_EPISODES} at {steps:,} environment steps, and again "
+              f"{EVAL_EVERY:,} steps later." if steps else f"\nNot learnt within {args.steps:,} environment steps.")
+    except LLMError as error:
+        sys.exit(f"\nselfalign: {error}\nEvery exchange is in {run.close()}/llm.jsonl.")
+    except KeyboardInterrupt:
+        print("\nStopped.")
+    folder = run.close()
+    if llm.exchanges:
+        print(f"LLM: {llm.exchanges} exchanges, {llm.prompt_tokens:,} + {llm.completion_tokens:,} tokens, {llm.seconds:.0f} s.")
+    if (folder / "policy.pt").exists():
+        print(f"Watch it:  python selfalign.py --play {folder}")
+
+
+if __name__ == "__main__":
+    main()
