@@ -219,6 +219,10 @@ class PandaEnv:
             block = np.array([draw(0.42, 0.48), draw(-0.06, 0.06)])
             hand = np.array([block[0] - draw(0.06, 0.09), block[1] + draw(-0.02, 0.02), 0.03])
             goal = block + (draw(0.10, 0.16), draw(-0.04, 0.04))
+        elif self.task == "touch":
+            block = np.array([draw(0.48, 0.56), draw(-0.08, 0.08)])
+            hand = np.array([draw(0.36, 0.42), draw(-0.08, 0.08), draw(0.05, 0.12)])
+            goal = block.copy()
         else:
             block = np.array([draw(0.45, 0.55), draw(-0.06, 0.06)])
             hand = np.array([draw(0.45, 0.55), draw(-0.06, 0.06), draw(0.12, 0.16)])

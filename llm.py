@@ -156,10 +156,11 @@ class Chat:
         deadline, body = time.monotonic() + TOTAL_TIMEOUT, bytearray()
         with requests.post(self.url, json=payload, auth=authorise, stream=True, allow_redirects=False,
                            timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
+            size = response.headers.get("Content-Length", "0")
             for chunk in response.iter_content(chunk_size=1):   # larger chunks would wait for a trickle to fill them
                 body += chunk
-                if len(body) > MAX_BYTES:
-                    raise requests.exceptions.ContentDecodingError(f"the reply is larger than {MAX_BYTES} bytes")
+                if len(body) > MAX_BYTES or size.isdigit() and int(size) > MAX_BYTES:
+                    raise LLMError(f"the LLM service sent a reply larger than {MAX_BYTES:,} bytes; check OPENAI_BASE_URL")
                 if time.monotonic() > deadline:
                     raise requests.exceptions.ReadTimeout(f"the reply was not complete after {TOTAL_TIMEOUT} s")
             return response.status_code, response.headers, bytes(body)
@@ -319,39 +320,35 @@ def read_code(text):
 def read_ranking(text, count):
     """A ranking of the labels 1..count, best first: list of groups of equals, such as [[3], [1, 2], [4]].
 
-    Takes what follows the last "RANKING:" (or the last line that looks like a ranking) as a chain `3 > 1 = 2 > 4`,
-    a list, or JSON. Raises UnusableReply for missing, repeated or unknown labels.
+    Takes what follows the last "RANKING:" (or the last line that looks like a ranking): a chain such as
+    `3 > 1 = 2 > 4`, a plain list, or JSON. Raises UnusableReply for missing, repeated or unknown labels.
     """
-    tail = re.split(r"ranking\W*:|\"ranking\"\s*:", text, flags=re.IGNORECASE)
-    if len(tail) > 1:
-        body = tail[-1].strip(" \n*`")
-        body = body[:body.index("]]") + 2] if body.startswith("[[") and "]]" in body else body
-        body = (body.splitlines() or [""])[0] if not body.startswith("[\n") else body
+    marked = re.split(r"ranking\W{0,4}:", text, flags=re.IGNORECASE)
+    lines = [line for line in text.splitlines() if re.fullmatch(r"[\W_]*\d+([\W_]+\d+)+[\W_]*", line)]
+    if len(marked) == 1 and not lines:
+        raise UnusableReply('no ranking found: end with a line such as "RANKING: 2 > 4 = 1 > 3"')
+    body = (marked[-1] if len(marked) > 1 else lines[-1]).strip(" \n\t*`")
+    if body.startswith("["):
+        try:
+            items, _ = json.JSONDecoder().raw_decode(body)
+        except (ValueError, RecursionError):
+            raise UnusableReply("the list after RANKING cannot be read") from None
+        groups = [item if isinstance(item, list) else [item] for item in items]
     else:
-        lines = [line for line in text.splitlines() if re.fullmatch(r"[\W_]*\d+([\W_]+\d+)+[\W_]*", line)]
-        if not lines:
-            raise UnusableReply('no ranking found: end with a line such as "RANKING: 2 > 4 = 1 > 3"')
-        body = lines[-1]
-    body = re.sub(r"(?i)\b(attempts?|trajector(?:y|ies)|no\.?|number)\b|#", " ", body)
-    if "[" in body:                                        # a list; a list inside it holds equals
-        inner = body[body.index("[") + 1:body.rindex("]")] if "]" in body else body[body.index("[") + 1:]
-        parts = re.findall(r"\[[^\[\]]*\]|[^,\[\]]+", inner)
-        parts = [part for part in parts if part.strip()]
-    else:
-        parts = re.split(r">|≻|," if ">" in body or "≻" in body else r",|\s+(?=\d)", body)
-    groups = []
-    for part in parts:
-        labels = re.split(r"[=~≈,\[\]\s]+", part.strip(" \t.;*`[]{}()\"'"))
-        if not all(re.fullmatch(r"\d{1,4}", label) for label in labels):
-            raise UnusableReply(f"{part.strip()[:40]!r} in the ranking is not a number of an attempt")
-        groups.append([int(label) for label in labels])
-    named = [label for group in groups for label in group]
-    wrong = [("unknown", sorted(set(named) - set(range(1, count + 1)))),
-             ("missing", sorted(set(range(1, count + 1)) - set(named))),
-             ("named more than once", sorted({label for label in named if named.count(label) > 1}))]
-    if any(labels for _, labels in wrong):
-        raise UnusableReply("the ranking must hold each number from 1 to " + f"{count} once: " + "; ".join(
-            f"{what}: {', '.join(map(str, labels))}" for what, labels in wrong if labels))
+        chain = re.sub(r"(?i)\b(attempts?|trajectory|number|no\.)|#", " ", body.split("\n")[0]).strip()
+        parts = re.split(r"[>≻]", chain) if re.search("[>≻=]", chain) else re.split(r"[,\s]+", chain)
+        groups = [re.split(r"[=~≈]", part) for part in parts]
+    groups = [[str(label).strip(" \t.;,*`(){}\"'") for label in group] for group in groups]
+    for label in sum(groups, []):
+        if not re.fullmatch(r"[0-9]{1,4}", label):
+            raise UnusableReply(f"{label[:40]!r} in the ranking is not the number of an attempt")
+    groups = [[int(label) for label in group] for group in groups]
+    named, known = sum(groups, []), set(range(1, count + 1))
+    wrong = {"missing": known - set(named), "unknown": set(named) - known,
+             "named more than once": {label for label in named if named.count(label) > 1}}
+    if any(wrong.values()):
+        raise UnusableReply(f"the ranking must hold each number from 1 to {count} once; " + "; ".join(
+            f"{what}: {', '.join(map(str, sorted(labels)))}" for what, labels in wrong.items() if labels))
     return groups
 
 
@@ -426,8 +423,8 @@ class Offline:
         first, low, high, last = range(4)
         score = np.clip((0.15 - features["hand_to_block"][low]) / 0.12, 0, 1)
         if task == "touch":
-            rough = features["contact_force"][high] > 2 or features["block_displacement"][high] > 0.05
-            score += -0.5 if rough else 2 * min(runs["contact_force"], 10) / 10
+            excess = max(features["contact_force"][high] / 2, features["block_displacement"][high] / 0.05)
+            score = score + 2 * min(runs["contact_force"], 10) / 10 if excess <= 1 else 0.5 * score / excess
         elif task == "grasp":
             held = min(runs["grip_force"], 5) / 5
             score += held + held * min(features["block_height"][high], 0.08) / 0.08 + min(runs["block_height"], 5) / 5
@@ -456,10 +453,8 @@ class Offline:
         if task == "touch" and 0 < highest("contact_force") <= theta["contact_threshold"]:
             why, params = "no contact is as strong as contact_threshold", {
                 "contact_threshold": 0.3 * highest("contact_force")}
-        elif task == "touch" and highest("contact_force") > 2:
-            why, params = "the robot presses too hard", {"press_weight": 3 * theta["press_weight"]}
-        elif task == "touch" and highest("block_displacement") > 0.05:
-            why, params = "the robot pushes the block away", {"slide_weight": 3 * theta["slide_weight"]}
+        elif task == "touch" and (highest("contact_force") > 2 or highest("block_displacement") > 0.05):
+            why, params = "the robot touches the block too roughly", {"rough_weight": 3 * theta["rough_weight"]}
         elif task == "touch":
             why, params = "contact does not pay enough", {"contact_weight": 2 * theta["contact_weight"]}
         elif task == "grasp" and 0 < highest("grip_force") <= theta["grip_threshold"]:

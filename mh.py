@@ -13,7 +13,7 @@ Thresholds inside the reward make L piecewise constant, so its gradient says not
     def log_likelihood(theta):                                     # theta (C, P), one row per chain
         return -preference_loss(returns(theta), pairs)             # returns (C, K)
     posterior = sample_posterior(log_likelihood, centre=[1.0, 2.0], rng=np.random.default_rng(1))
-    posterior.median, posterior.rhat, posterior.mixed
+    posterior.best, posterior.interval(), posterior.mixed
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,6 @@ import numpy as np
 
 BETA = 0.9                  # Boltzmann rationality, the paper's value
 PRIOR_STD = np.log(10.0)    # of log θ: one standard deviation is a factor of ten
-TARGET_ACCEPTANCE = 0.3     # near the optimum of random walks in a few to ten dimensions (Roberts et al., 1997)
 MAX_RHAT, MIN_ESS = 1.1, 100.0   # beyond these the draws are not to be trusted (Gelman et al., 2013)
 
 
@@ -41,19 +40,16 @@ def preference_loss(returns, pairs, beta=BETA):
 class Posterior:
     """Draws of θ and what says whether to trust them.
 
-    samples (C, S, P) in θ's own scale, C chains of S draws; acceptance, the share of proposals accepted after
-    burn-in; rhat (P,) and ess (P,), computed where θ was sampled (log θ for positive parameters).
+    samples (C, S, P) in θ's own scale, C chains of S draws; best (P,), the draw of the highest posterior density;
+    acceptance, the share of proposals accepted after burn-in; rhat (P,) and ess (P,). Density and diagnostics are
+    those of the space θ was sampled in (log θ for positive parameters).
     """
 
     samples: np.ndarray
+    best: np.ndarray
     acceptance: float
     rhat: np.ndarray
     ess: np.ndarray
-
-    @property
-    def median(self):
-        """(P,) Marginal medians: unlike a mean they are the same in θ and in log θ."""
-        return np.median(self.samples, axis=(0, 1))
 
     def interval(self, mass=0.9):
         """(2, P) The central interval that holds `mass` of each parameter's draws."""
@@ -65,7 +61,7 @@ class Posterior:
         return bool(np.all(self.rhat < MAX_RHAT) and np.all(self.ess > MIN_ESS))
 
 
-def sample_posterior(log_likelihood, centre, prior_std=PRIOR_STD, chains=8, burn_in=1500, steps=2500, rng=None):
+def sample_posterior(log_likelihood, centre, prior_std=PRIOR_STD, chains=8, burn_in=3000, steps=4000, rng=None):
     """Draws θ from exp(log_likelihood(θ)) p(θ) by Metropolis-Hastings, all chains in one vectorised evaluation.
 
     A parameter whose `centre` is above zero is positive and sampled as log θ ~ N(log centre, prior_std²); any
@@ -84,53 +80,63 @@ def sample_posterior(log_likelihood, centre, prior_std=PRIOR_STD, chains=8, burn
         u = middle + scale * z
         return np.where(positive, np.exp(np.minimum(u, 700.0)), u)
 
-    def log_density(z):
-        value = np.asarray(log_likelihood(theta_of(z)), dtype=float) - 0.5 * (z ** 2).sum(axis=-1)
+    def density(z):
+        value = np.asarray(log_likelihood(theta_of(z)), dtype=float)
         return np.where(np.isfinite(value), value, -np.inf)
 
     # Chains start as draws from the prior: wider than the posterior, as R-hat asks for.
     rng = rng or np.random.default_rng()
     start = rng.standard_normal((chains, len(centre)))
-    draws, acceptance = metropolis_hastings(log_density, start, burn_in, steps, rng)
-    return Posterior(theta_of(draws), acceptance, split_rhat(draws), effective_sample_size(draws))
+    draws, densities, acceptance = metropolis_hastings(
+        density, lambda z: -0.5 * (z ** 2).sum(axis=-1), start, burn_in, steps, rng)
+    best = draws[np.unravel_index(densities.argmax(), densities.shape)]
+    return Posterior(theta_of(draws), theta_of(best), acceptance, split_rhat(draws), effective_sample_size(draws))
 
 
-def metropolis_hastings(log_density, start, burn_in, steps, rng):
+def metropolis_hastings(log_likelihood, log_prior, start, burn_in, steps, rng):
     """Random-walk Metropolis-Hastings (Metropolis et al., 1953; Hastings, 1970) with several chains at once.
 
-    log_density: (C, P) to (C,), up to a constant. start: (C, P). The proposal's covariance and scale follow the
-    chains during burn-in (Haario et al., 2001) and stay fixed after it, so that what is kept is a Markov chain
-    with the right stationary distribution. Returns (draws (C, steps, P), acceptance rate after burn-in).
-    Raises ValueError when no chain has found a finite density by the end of burn-in.
+    log_likelihood, log_prior: (C, P) to (C,), each up to a constant. start: (C, P), of prior density above zero.
+    Half of the proposals move one parameter, by anything from a small step to a jump across the prior: thresholds
+    put modes far apart along one axis. The other half move all of them, along the difference between two draws of
+    the burn-in (ter Braak & Vrugt, 2008): whatever ridges the posterior has, such differences lie along them.
+
+    Everything that adapts does so in burn-in only, so that what is kept comes from a Markov chain with the right
+    stationary distribution: the likelihood is raised to a power that grows from 0 to 1 over the first half (annealing,
+    lest chains stay in the first mode they meet), and differences come from the second half of the draws so far.
+
+    Returns (draws (C, steps, P), their log densities (C, steps), acceptance rate after burn-in). Raises ValueError when no chain has found a finite
+    likelihood by the end of burn-in.
     """
     x = np.array(start, dtype=float)
     chains, dim = x.shape
-    current = log_density(x)
-    factor, log_scale = np.eye(dim), np.log(2.38 / np.sqrt(dim))    # the optimum for a Gaussian
-    draws = np.empty((burn_in + steps, chains, dim))
+    likelihood, prior = log_likelihood(x), log_prior(x)
+    draws, densities = np.empty((1 + burn_in + steps, chains, dim)), np.empty((1 + burn_in + steps, chains))
+    draws[0] = x
     accepted = 0
-    for t in range(burn_in + steps):
-        proposal = x + np.exp(log_scale) * rng.standard_normal((chains, dim)) @ factor.T
-        proposed = log_density(proposal)
-        # The proposal is symmetric: the Hastings ratio is that of the densities. A chain that starts where the
-        # density is zero moves on whatever comes.
-        accept = np.log(rng.random(chains)) < np.where(np.isneginf(current), np.inf, proposed - current)
-        x, current = np.where(accept[:, None], proposal, x), np.where(accept, proposed, current)
-        draws[t] = x
-        if t < burn_in:
-            log_scale += (accept.mean() - TARGET_ACCEPTANCE) / np.sqrt(t + 1)
-            if (t + 1) % 100 == 0:
-                recent = draws[(t + 1) // 2:t + 1].reshape(-1, dim)
-                factor = np.linalg.cholesky(np.atleast_2d(np.cov(recent, rowvar=False)) + 1e-6 * np.eye(dim))
-            if t == burn_in - 1 and np.isneginf(current).any():
-                alive = np.flatnonzero(~np.isneginf(current))
-                if not len(alive):
-                    raise ValueError("Metropolis-Hastings found no parameters with a finite likelihood")
-                lost = np.flatnonzero(np.isneginf(current))
-                x[lost], current[lost] = x[alive[lost % len(alive)]], current[alive[lost % len(alive)]]
-        else:
-            accepted += accept.sum()
-    return draws[burn_in:].transpose(1, 0, 2), accepted / (steps * chains)
+    for t in range(1, 1 + burn_in + steps):
+        newest = min(t, burn_in)
+        archive = draws[newest // 2:newest].reshape(-1, dim)
+        first, second = archive[rng.integers(len(archive), size=(2, chains))]
+        along = rng.choice((0.1, 0.5, 1.0), (chains, 1)) * (first - second) + 1e-3 * rng.standard_normal((chains, dim))
+        axis = np.arange(dim) == rng.integers(dim, size=(chains, 1))
+        single = axis * 10 ** rng.uniform(-1.5, 0.3, (chains, 1)) * rng.standard_normal((chains, 1))
+        proposal = x + np.where(rng.random((chains, 1)) < 0.5, along, single)
+        new_likelihood, new_prior = log_likelihood(proposal), log_prior(proposal)
+        # All proposals are symmetric, so the Hastings ratio is that of the densities. A chain that starts where
+        # the likelihood is zero moves on whatever comes.
+        power = min(1.0, 2 * t / burn_in) if t <= burn_in else 1.0
+        with np.errstate(invalid="ignore"):
+            log_ratio = power * (new_likelihood - likelihood) + new_prior - prior
+        accept = np.isneginf(likelihood) | (np.log(rng.random(chains)) < log_ratio)
+        x = np.where(accept[:, None], proposal, x)
+        likelihood, prior = np.where(accept, new_likelihood, likelihood), np.where(accept, new_prior, prior)
+        draws[t], densities[t] = x, likelihood + prior
+        accepted += accept.sum() * (t > burn_in)
+        if t == burn_in and np.isneginf(likelihood).all():
+            raise ValueError("Metropolis-Hastings found no parameters with a finite likelihood")
+    kept = slice(1 + burn_in, None)
+    return draws[kept].transpose(1, 0, 2), densities[kept].T, accepted / (steps * chains)
 
 
 def split_rhat(draws):

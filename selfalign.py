@@ -31,7 +31,7 @@ from reward import FUNCTIONS, Reward, RewardError
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ
 EVAL_EVERY = 1_000         # environment steps between two evaluations
 EVAL_EPISODES = 20
-RANKED = 8                 # K, trajectories in one ranking
+RANKED = 12                # K, trajectories in one ranking
 EXPLORE_STEPS = 1_000      # uniform random actions first
 DISCOUNT = 0.97
 
@@ -55,7 +55,7 @@ def train(args, llm, run):
     eval_env.reset(seed=1_000_000 + args.seed)
 
     # R_θ ← the LLM proposes a reward; θ, its parameters; D, the preferences
-    reward, theta = None, {}
+    reward, theta, scale = None, {}, 1.0
     if args.reward != "sparse":
         reward = propose_reward(llm, args.task, random_features(args.task))
         theta = prior = dict(reward.params)
@@ -72,7 +72,7 @@ def train(args, llm, run):
         action = rng.uniform(-1, 1, 4) if step <= EXPLORE_STEPS else agent.act(obs, step)
         obs, sparse_reward, terminated, truncated, info = env.step(action)
         features = list(info["features"].values())
-        r = sparse_reward if reward is None else float(reward.total(info["features"], theta))
+        r = sparse_reward if reward is None else float(reward.total(info["features"], theta)) / scale
         buffer.add(action, obs, r, terminated, truncated, features)
         if terminated or truncated:
             obs, _ = env.reset()
@@ -90,8 +90,10 @@ def train(args, llm, run):
             previous_success = success
 
         if step % UPDATE_EVERY == 0 and args.reward == "selfalign" and step < args.steps:
-            # T ← K trajectories of the replay buffer's last period, spread over the range of R_θ
+            # T ← K trajectories of the replay buffer's last period, spread over the range of R_θ; of its second half,
+            # which shows what the policy has come to do
             period, period_start = buffer.episodes(since=period_start), buffer.rows
+            period = period[len(period) // 2:]
             returns = returns_of(reward, theta, period, task.features)
             chosen = rng.permutation(np.argsort(returns)[np.linspace(0, len(period) - 1, RANKED).round().astype(int)])
             T, R = [period[i] for i in chosen], returns[chosen]
@@ -108,7 +110,7 @@ def train(args, llm, run):
                     preferences += [(len(trajectories) + i, len(trajectories) + j) for i, j in pairs]
                     trajectories += T
                     posterior = align(reward, prior, trajectories, preferences, task.features, mh_rng)
-                    theta = dict(zip(theta, posterior.median.tolist()))
+                    theta = dict(zip(theta, posterior.best.tolist()))
                     say_posterior(posterior, before, theta)
                     run.record_theta(step, "posterior", theta, posterior)
                 else:
@@ -118,8 +120,10 @@ def train(args, llm, run):
                     prior = {**prior, **changes}
                     say_analysis(blocked_by, before, changes)
                     run.record_theta(step, "analysis", theta)
-                # relabel the whole replay buffer with the new R_θ
-                buffer.relabel(lambda f: reward.total(dict(zip(task.features, f.T)), theta))
+                # relabel the whole replay buffer with the new R_θ, in the size of rewards that the critic is used to:
+                # a ranking fixes how the terms compare, and their common scale hardly at all
+                scale *= spread(reward, theta, period, task.features) / spread(reward, before, period, task.features)
+                buffer.relabel(lambda f: reward.total(dict(zip(task.features, f.T)), theta) / scale)
                 run.save_reward(reward, theta)
             except LLMError as error:
                 print(f"\n  The LLM gave no usable answer; training goes on with the θ it has.\n  {error}\n", flush=True)
@@ -156,6 +160,11 @@ def returns_of(reward, theta, trajectories, names):
     total = reward.total(dict(zip(names, np.concatenate(trajectories).T)), theta)
     starts = np.cumsum([0] + [len(trajectory) for trajectory in trajectories[:-1]])
     return np.add.reduceat(total, starts, axis=-1)
+
+
+def spread(reward, theta, trajectories, names):
+    """Standard deviation of r_θ(f_t) over all steps of some trajectories; 1 where it is constant."""
+    return float(reward.total(dict(zip(names, np.concatenate(trajectories).T)), theta).std()) or 1.0
 
 
 def align(reward, prior, trajectories, preferences, names, rng):

@@ -1,0 +1,236 @@
+"""Physics against what the tasks promise, and Gymnasium's contract."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from envs import (BLOCK_FRICTION, BLOCK_MASS, EPISODE_STEPS, FEATURES, GRASP_HEIGHT, PUSH_RADIUS, TASKS, WORKSPACE,
+                  PandaEnv, describe_features)
+
+
+@pytest.fixture(params=list(TASKS))
+def env(request):
+    env = PandaEnv(request.param)
+    yield env
+    env.close()
+
+
+def rollout(env, actions, **reset):
+    """Everything an episode shows, as bytes."""
+    obs, info = env.reset(**reset)
+    trace = [obs.tobytes(), repr(info)]
+    for action in actions:
+        obs, *rest = env.step(action)
+        trace += [obs.tobytes(), repr(rest)]
+    return trace
+
+
+def test_same_seed_and_actions_are_bit_identical(env):
+    rng = np.random.default_rng(0)
+    episodes = [rng.uniform(-1, 1, (EPISODE_STEPS, 4)) - (0, 0, 0.3, 0) for _ in range(3)]
+    fresh = []
+    for seed, actions in enumerate(episodes):
+        alone = PandaEnv(env.task)
+        fresh.append(rollout(alone, actions, seed=seed))
+        alone.close()
+    other = PandaEnv(env.task)
+    other.reset(seed=9)
+    for seed in (2, 0, 1, 0):
+        rollout(env, episodes[1][:17], seed=5)                     # left in mid-episode
+        other.step(episodes[0][0])
+        assert rollout(env, episodes[seed], seed=seed) == fresh[seed]
+    other.close()
+
+
+def test_starts_are_drawn_afresh_and_stay_in_bounds(env):
+    blocks = set()
+    for seed in range(20):
+        obs, info = env.reset(seed=seed)
+        blocks.add(tuple(env._block_position))
+        assert obs.shape == env.obs_shape and obs.dtype == np.float32
+        assert not info["success"] and info["features"]["block_displacement"] < 1e-6
+        assert math.dist(env._hand, env._target) < 2e-3            # inverse kinematics arrived
+    assert len(blocks) == 20
+
+
+def test_features_are_documented_and_true(env):
+    env.reset(seed=3)
+    text = describe_features(env.task)
+    rng = np.random.default_rng(0)
+    for _ in range(EPISODE_STEPS):
+        _, reward, terminated, truncated, info = env.step(rng.uniform(-1, 1, 4))
+        f = info["features"]
+        assert tuple(f) == env.feature_names == TASKS[env.task].features
+        assert all(name in text and type(value) is float and math.isfinite(value) for name, value in f.items())
+        assert f["hand_to_block"] == pytest.approx(np.linalg.norm(env._hand - env._block_position))
+        assert not terminated and reward == float(info["success"])
+    assert truncated
+    assert all(feature.text and feature.low < feature.high for feature in FEATURES.values())
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros(4))
+
+
+def test_bad_arguments_name_the_cure(env):
+    with pytest.raises(ValueError, match="touch, grasp, push"):
+        PandaEnv("fly")
+    with pytest.raises(ValueError, match="state or pixels"):
+        PandaEnv("touch", obs="sound")
+    with pytest.raises(ValueError, match="hand, block, goal"):
+        env.reset(options={"sun": (0, 0)})
+    env.reset(seed=0)
+    for action in ([0, 0, 0], [0, 0, 0, math.nan], [[0, 0, 0, 0]]):
+        with pytest.raises(ValueError, match="4 finite numbers"):
+            env.step(action)
+
+
+def test_the_block_rests_and_the_arm_holds_without_action(env):
+    env.reset(seed=1)
+    block, hand = env._block_position.copy(), env._hand.copy()
+    for _ in range(EPISODE_STEPS):
+        env.step([0, 0, 0, 1])
+    np.testing.assert_allclose(env._block_position, block, atol=2e-4)
+    np.testing.assert_allclose(env._hand, hand, atol=2e-3)
+
+
+def test_sideways_contact_slides_the_block_below_one_newton():
+    # Coulomb friction on the table is an upper bound that a slow push cannot exceed for long: μ m g = 0.25 N.
+    env = PandaEnv("touch")
+    env.reset(seed=0, options={"hand": (0.44, 0.0, 0.03), "block": (0.5, 0.0)})
+    forces = []
+    for _ in range(EPISODE_STEPS):
+        info = env.step([0.1, 0, 0, 0])[-1]
+        forces.append(info["features"]["contact_force"])
+    assert info["features"]["block_displacement"] > 0.005
+    assert 0.05 < np.median([f for f in forces if f > 0]) < 1.2 * BLOCK_FRICTION * BLOCK_MASS * 9.81
+    env.close()
+
+
+def test_pressing_down_stays_within_newtons():
+    env = PandaEnv("touch")
+    env.reset(seed=0, options={"hand": (0.5, 0.0, 0.1), "block": (0.5, 0.0)})
+    forces = [env.step([0, 0, -1, 0])[-1]["features"]["contact_force"] for _ in range(EPISODE_STEPS)]
+    assert 2 < np.median(forces[-20:]) < 20                          # an uncapped arm presses with about 190 N
+    env.close()
+
+
+def aim(env, point, gain=33):
+    return np.clip((np.asarray(point) - env._target) * gain, -1, 1)
+
+
+def play(env, policy, seed, **reset):
+    env.reset(seed=seed, **reset)
+    infos = [env.step(policy(t))[-1] for t in range(EPISODE_STEPS)]
+    return infos
+
+
+def test_touch_gently_succeeds_and_roughly_fails():
+    env = PandaEnv("touch")
+    for seed in range(3):
+        def gently(t):
+            side = env._block_position - (0.05, 0, -0.01)
+            return [*(aim(env, side) if t < 20 else (0.06, 0, 0)), 0]
+        infos = play(env, gently, seed)
+        contact = [info["features"]["contact_force"] > 0.01 for info in infos]
+        first = next(t for t in range(EPISODE_STEPS) if t >= 9 and all(contact[t - 9:t + 1]))
+        assert [info["success"] for info in infos].index(True) == first
+
+        def roughly(t):
+            return [*(aim(env, env._block_position - (0.06, 0, 0)) if t < 15 else (1, 0, 0)), 0]
+        infos = play(env, roughly, seed)
+        assert max(info["features"]["block_displacement"] for info in infos) > 0.05
+        assert not any(info["success"] for info in infos)
+    env.close()
+
+
+def test_touch_is_spoilt_by_more_than_two_newtons():
+    env = PandaEnv("touch")
+
+    def press(t):
+        return [0, 0, -1, 0]
+    infos = play(env, press, 0, options={"hand": (0.5, 0, 0.1), "block": (0.5, 0)})
+    forces = [info["features"]["contact_force"] for info in infos]
+    assert sum(f > 0.01 for f in forces) > 10 and max(forces) > 2
+    assert not any(info["success"] for info in infos)
+    env.close()
+
+
+def test_grasp_and_lift_succeeds_and_holds_by_friction_alone():
+    env = PandaEnv("grasp")
+    for seed in range(3):
+        def grasp(t):
+            if t < 10:
+                return [*aim(env, (*env._block_position[:2], 0.10)), 1]
+            if t < 22:
+                return [*aim(env, (*env._block_position[:2], 0.02)), 1]
+            return [0, 0, 0 if t < 28 else 1, -1]
+        infos = play(env, grasp, seed)
+        features = infos[-1]["features"]
+        assert any(info["success"] for info in infos)
+        assert features["block_height"] > GRASP_HEIGHT and features["grip_force"] > 0
+        assert features["gripper_opening"] == pytest.approx(0.04, abs=0.004)
+    # Opened again, the block falls.
+    env.t = 0
+    for _ in range(15):
+        info = env.step([0, 0, 0, 1])[-1]
+    assert info["features"]["block_height"] < 0.01 and info["features"]["grip_force"] == 0
+    env.close()
+
+
+def test_push_to_the_goal_succeeds():
+    env, successes = PandaEnv("push"), 0
+    for seed in range(5):
+        def push(t):
+            block, ahead = env._block_position[:2], env._goal - env._block_position[:2]
+            if np.linalg.norm(ahead) < 0.015:
+                return [0, 0, 0, 0]
+            return [*aim(env, (*(block + 0.5 * ahead / np.linalg.norm(ahead) * 0.02), 0.03), 20), 0]
+        infos = play(env, push, seed)
+        succeeded = [info["success"] for info in infos]
+        distances = [info["features"]["block_to_goal"] for info in infos]
+        if any(succeeded):
+            first = succeeded.index(True)
+            assert all(d <= PUSH_RADIUS for d in distances[first - 2:first + 1])
+            successes += 1
+    assert successes >= 4
+    env.close()
+
+
+def test_target_leads_the_hand_by_little_and_stays_in_the_workspace(env):
+    env.reset(seed=0)
+    for t in range(EPISODE_STEPS):
+        env.step([1, 1, -1, 0] if t < 25 else [-1, -1, 1, 0])
+        assert (env._target >= WORKSPACE[0]).all() and (env._target <= WORKSPACE[1]).all()
+        assert np.abs(env._target - env._hand).max() < 0.045
+
+
+def test_pixels_are_three_stacked_frames_that_show_the_scene():
+    env = PandaEnv("push", obs="pixels")
+    obs, _ = env.reset(seed=0)
+    assert obs.shape == env.obs_shape == (9, 84, 84) and obs.dtype == np.uint8
+    np.testing.assert_array_equal(obs[:3], obs[6:])
+    red = (obs[6].astype(int) - obs[7] > 60).sum()                   # the block
+    assert red > 20
+    new, *_ = env.step([1, 0, 0, 0])
+    np.testing.assert_array_equal(new[:6], obs[3:])
+    assert (new[6:] != obs[6:]).any()
+    env.close()
+    env = PandaEnv("push", render_mode="rgb_array")
+    env.reset(seed=0)
+    assert env.render().shape == (480, 480, 3) and env.render().std() > 10
+    env.close()
+
+
+def test_readme_wrapper_passes_gymnasiums_checker(env):
+    gymnasium = pytest.importorskip("gymnasium")
+    from gymnasium.utils.env_checker import check_env
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    source = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "gymnasium.Env" in code)
+    namespace = {}
+    exec(source, namespace)
+    wrapped = namespace["GymPanda"](env.task)
+    assert isinstance(wrapped, gymnasium.Env)
+    check_env(wrapped, skip_render_check=True)
+    wrapped.close()

@@ -1,0 +1,194 @@
+"""The reward language: what it computes, what it refuses, and that nothing outside it can run."""
+
+import ast
+import os
+import time
+
+import numpy as np
+import pytest
+
+from reward import FUNCTIONS, Reward, RewardError
+
+FEATURES = ["distance", "force", "height"]
+SOURCE = '''
+def reward(distance, force, reach_weight=1.0, reach_scale=0.1,
+           contact_weight=2.0, contact_threshold=1.0):   # the weights are guesses
+    """Reach, then touch."""
+    near = np.exp(-distance / reach_scale)
+    touching = (force > contact_threshold) & (distance < 0.1)
+    return {"reach": reach_weight * near, "contact": contact_weight * touching,
+            "effort": -0.5 * np.where(force > 2, force - 2, 0.0) ** 2}
+'''
+
+
+def by_hand(distance, force, theta):
+    """The same reward for one step, in plain Python."""
+    import math
+    contact = theta["contact_weight"] if force > theta["contact_threshold"] and distance < 0.1 else 0.0
+    return (theta["reach_weight"] * math.exp(-distance / theta["reach_scale"]) + contact
+            - 0.5 * (max(force - 2, 0)) ** 2)
+
+
+def test_scores_steps_buffers_and_chains_alike():
+    reward = Reward(SOURCE, FEATURES)
+    assert reward.features == ["distance", "force"] and reward.term_names == ["reach", "contact", "effort"]
+    assert reward.params == {"reach_weight": 1.0, "reach_scale": 0.1, "contact_weight": 2.0, "contact_threshold": 1.0}
+    rng = np.random.default_rng(0)
+    distance, force = rng.uniform(0, 0.3, 50), rng.uniform(0, 4, 50)
+    buffer = reward.total({"distance": distance, "force": force})
+    steps = [reward.total({"distance": d, "force": f}) for d, f in zip(distance, force)]
+    expected = [by_hand(d, f, reward.params) for d, f in zip(distance, force)]
+    np.testing.assert_allclose(buffer, expected, rtol=1e-12)
+    np.testing.assert_array_equal(buffer, steps)
+
+    thetas = [{**reward.params, "contact_threshold": t, "reach_weight": w} for t, w in ((0.1, 1.0), (3.0, 5.0))]
+    stacked = {name: np.array([[theta[name]] for theta in thetas]) for name in reward.params}
+    chains = reward.total({"distance": distance, "force": force}, stacked)
+    assert chains.shape == (2, 50)
+    for row, theta in zip(chains, thetas):
+        np.testing.assert_allclose(row, [by_hand(d, f, theta) for d, f in zip(distance, force)], rtol=1e-12)
+
+
+def test_terms_have_the_full_shape_even_when_constant():
+    reward = Reward('def r(distance, w=2.0):\n    return {"alive": w, "one": 1}', FEATURES)
+    terms = reward.terms({"distance": np.zeros(7)}, {"w": np.array([[1.0], [3.0]])})
+    assert {name: term.shape for name, term in terms.items()} == {"alive": (2, 7), "one": (2, 7)}
+
+
+def test_features_are_never_changed():
+    reward = Reward('def r(distance, w=2.0):\n    x = np.abs(distance) * w\n    return {"x": x}', FEATURES)
+    distance = np.array([-1.0, 1.0])
+    reward.total({"distance": distance})
+    np.testing.assert_array_equal(distance, [-1.0, 1.0])
+
+
+def test_source_with_new_parameters_keeps_comments_and_runs_elsewhere():
+    reward = Reward(SOURCE, FEATURES)
+    theta = {"reach_weight": 0.5, "contact_threshold": 0.127, "reach_scale": 0.1, "contact_weight": 21.05}
+    source = reward.source_with(theta)
+    assert "# the weights are guesses" in source
+    assert Reward(source, FEATURES).params == theta
+    namespace = {"np": np}
+    exec(source, namespace)                                          # as a person who pastes it would
+    np.testing.assert_allclose(sum(namespace["reward"](np.array([0.05]), np.array([0.5])).values()),
+                               reward.total({"distance": 0.05, "force": 0.5}, theta))
+
+
+def test_check_names_the_terms_that_are_not_finite():
+    reward = Reward('def r(distance, force, w=1.0):\n    return {"fine": w * force, "bad": np.log(distance), '
+                    '"worse": w / distance}', FEATURES)
+    reward.check({"distance": np.ones(3), "force": np.ones(3)})
+    with pytest.raises(RewardError, match="bad, worse"):
+        reward.check({"distance": np.array([1.0, 0.0]), "force": np.ones(2)})
+
+
+def wrap(expression):
+    return f'def reward(distance, force, w=1.0):\n    return {{"term": {expression}}}'
+
+
+@pytest.mark.parametrize("expression, hint", [
+    ("w if force > 1 else 0", "np.where"), ("force > 1 and distance < 1", "&"), ("not force", "~"),
+    ("0 < force < 1", "(a < b) & (b < c)"), ("np.foo(force)", "np.foo is not available"),
+    ("np.maximun(force, 1)", "np.maximum meant"), ("forse", "force meant"), ("np.clip(force, 0)", "takes 3"),
+    ("np.exp", "must be called"), ("height * w", "unknown name"), ("weight", "unknown name")])
+def test_common_slips_get_a_line_and_a_way_out(expression, hint):
+    with pytest.raises(RewardError, match="line 2") as error:
+        Reward(wrap(expression), FEATURES)
+    assert hint in str(error.value)
+
+
+@pytest.mark.parametrize("signature, hint", [
+    ("distance, w=1.0, *args", "args"), ("speed, w=1.0", "speed is not a feature"), ("distance", "no parameters"),
+    ("distance, w='1'", "plain number"), ("distance=1.0, w=1.0", "distance is a feature"),
+    ("distance, exp=1.0", "reserved"), ("distance, w=1e999", "too large")])
+def test_signatures_are_checked(signature, hint):
+    with pytest.raises(RewardError, match=hint):
+        Reward(f'def reward({signature}):\n    return {{"a": distance}}', FEATURES)
+
+
+BUILTIN = "().__class__.__base__.__subclasses__()"
+HOSTILE = [wrap(e) for e in (
+    "__import__('os').system('touch pwned')", "open('pwned', 'w')", "eval('1')", "exec('1')", "compile('1','','eval')",
+    "globals()", "locals()", "vars()", "dir()", "getattr(force, 'shape')", "force.__class__", "().__class__", BUILTIN,
+    "force.tofile('pwned')", "force.dump('pwned')", "np.save('pwned', force)", "np.load('x')", "np.ctypeslib", "np.os",
+    "np.core.numeric.os", "np.exp.__globals__", "np.exp.__class__", "w.__class__.__mro__", "np.__dict__",
+    "'{0.__class__}'.format(force)", "f'{force.__class__}'", "f'{force!r}'", "'a' * 10**9", "b'a'", "'%s' % force",
+    "9**9**9**9", "10.0 ** 10 ** 10 ** 10", "2 ** 10 ** 9", "(-1) ** 0.5", "1 << 10 ** 9", "1 / 0", "force % 0", "1e308 * 10",
+    "9" * 5000, "1j", "True", "None", "...", "[force] * 10 ** 9", "[0 for _ in force]", "(x for x in force)",
+    "{x: x for x in (1,)}", "{1, 2}", "(force, w)", "force[0]", "force[None, :, None]", "force[::-1]", "lambda: 1",
+    "(lambda f: f(f))(lambda f: f(f))", "(y := force)", "*force", "await_", "(yield 1)", "(yield from force)",
+    "np.exp(*force)", "np.exp(x=force)", "np.exp(force, out=force)", "np.where(force > 1, w, **{})", "np.tile(force, 10**9)",
+    "np.zeros(10**12)", "np.ones((10**6, 10**6))", "np.broadcast_to(force, (10**9,))", "np.outer(force, force)",
+    "np.frompyfunc(print, 1, 1)", "np.vectorize(print)(force)", "np.fromfile('/etc/passwd')", "breakpoint()", "exit()",
+    "quit()", "input()", "print(force)", "help()", "type(force)", "super()", "object()", "memoryview(b'')", "force @ force",
+    "force is w", "force in (1, 2)", "~w", "-" * 5000 + "force", "(" * 180 + "force" + ")" * 180, "(" * 5000,
+    "+".join(["force"] * 3000), "np.exp(" * 80 + "force" + ")" * 80, "reward(force)", "__builtins__", "__name__",
+    "{'a': force}", "force if 1 else w", "np.exp(np)", "np", "abs", "force.real", "w.real", "force // w", "force ^ w")]
+HOSTILE += [
+    "import os\n" + wrap("force"), "from os import *\n" + wrap("force"), wrap("force") + "\nimport os",
+    "@print\n" + wrap("force"), wrap("force") + "\nprint('pwned')", wrap("force") + "\n" + wrap("w"), "x = 1\n" + wrap("w"),
+    "class A: pass", "", "\0", "def reward(", "lambda: 1", "async " + wrap("force"),
+    "def reward(force: print('pwned'), w=1.0):\n    return {'a': force}",
+    "def reward(force, w=1.0) -> print('pwned'):\n    return {'a': force}",
+    "def reward(force, w=print('pwned')):\n    return {'a': force}",
+    "def reward(force, w=[].append):\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    import os\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    global x\n    x = 1\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    nonlocal x\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    while True: pass", "def reward(force, w=1.0):\n    for _ in force: pass",
+    "def reward(force, w=1.0):\n    try:\n        1 / 0\n    except Exception as e:\n        x = e\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    raise SystemExit", "def reward(force, w=1.0):\n    assert force\n    return {'a': w}",
+    "def reward(force, w=1.0):\n    del force\n    return {'a': w}", "def reward(force, w=1.0):\n    with force: pass",
+    "def reward(force, w=1.0):\n    force[0] = 1\n    return {'a': w}",
+    "def reward(force, w=1.0):\n    force.flags = 1\n    return {'a': w}",
+    "def reward(force, w=1.0):\n    force += 1\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    force = w\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    exp = w\n    return {'a': np.exp(force)}",
+    "def reward(force, w=1.0):\n    a, b = force, w\n    return {'a': a}",
+    "def reward(force, w=1.0):\n    x: print('pwned') = 1\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    def f(): return 1\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    class A: pass\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    return {**force}", "def reward(force, w=1.0):\n    return {force: w}",
+    "def reward(force, w=1.0):\n    return {'a': force, 'a': w}", "def reward(force, w=1.0):\n    return force",
+    "def reward(force, w=1.0):\n    pass", "def reward(force, w=1.0):\n    return {'__class__': yield_}",
+    "def reward(f\u043erce, w=1.0):\n    return {'a': f\u043erce}", "def reward(force, w=1.0):\n    return {'a': \uff57}",
+    "# " + "x" * 2_000_000, "def reward(" + ", ".join(f"w{i}=1.0" for i in range(500)) + "):\n    return {'a': w1}",
+    "def reward(force, w=1.0):\n" + "".join(f"    x{i} = force\n" for i in range(2000)) + "    return {'a': w}",
+    "match force:\n    case _: pass", "type X = int\n" + wrap("force"), "def reward[T](force, w=1.0):\n    return {'a': force}"]
+
+
+@pytest.mark.parametrize("source", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_source_is_refused_or_harmless(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    try:
+        terms = Reward(source, FEATURES).terms({name: np.ones(1000) for name in FEATURES})
+    except RewardError as error:
+        assert str(error) and len(str(error)) < 1000
+    else:
+        # It is in the language, so all it can have done is arithmetic on these arrays.
+        assert all(term.shape == (1000,) and term.dtype == float for term in terms.values())
+    assert time.monotonic() - started < 1
+    assert not os.listdir(tmp_path) and capsys.readouterr().out == ""
+
+
+def test_there_are_enough_hostile_sources_and_few_are_harmless():
+    assert len(HOSTILE) >= 60
+    accepted = []
+    for source in HOSTILE:
+        try:
+            Reward(source, FEATURES)
+            accepted.append(source)
+        except RewardError:
+            pass
+    # Arithmetic that overflows or fails only when computed, and a feature in 180 pairs of parentheses.
+    assert {ast.unparse(ast.parse(s).body[0].body[0].value.values[0]) for s in accepted} == {
+        "9 ** 9 ** 9 ** 9", "10.0 ** 10 ** 10 ** 10", "2 ** 10 ** 9", "(-1) ** 0.5", "1 / 0", "1e+308 * 10", "~w", "force"}
+
+
+def test_functions_are_elementwise():
+    x = np.array([[0.2, 0.7, 1.3]])
+    for name, function in FUNCTIONS.items():
+        arity = {"clip": 3, "where": 3}.get(name) or (2 if name in (
+            "hypot", "logical_and", "logical_or", "maximum", "minimum", "power", "max", "min", "pow") else 1)
+        assert np.shape(function(*[x] * arity)) == x.shape

@@ -1,0 +1,236 @@
+"""The whole loop at small size, and what a run leaves behind."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import selfalign
+from envs import TASKS
+from llm import LLM, Offline, Reply
+from mh import preference_loss
+from reward import Reward
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """small(*flags): a run of 600 steps with two updates of θ; returns its folder."""
+    monkeypatch.setattr(selfalign, "UPDATE_EVERY", 250)
+    monkeypatch.setattr(selfalign, "EVAL_EVERY", 200)
+    monkeypatch.setattr(selfalign, "EVAL_EPISODES", 2)
+    monkeypatch.setattr(selfalign, "EXPLORE_STEPS", 100)
+    monkeypatch.setattr(selfalign, "RANKED", 4)
+    monkeypatch.setattr(selfalign, "BATCH", {"state": 16, "pixels": 8})
+    monkeypatch.setattr(selfalign, "AGENT", {"state": dict(hidden_dim=16, lr=1e-3, std=(1.0, 0.5, 500)),
+                                             "pixels": dict(hidden_dim=16, std=(1.0, 0.5, 500))})
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*flags, steps=600):
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        monkeypatch.setattr(sys, "argv", ["selfalign.py", "--steps", str(steps), "--out", str(folder), *flags])
+        selfalign.main()
+        return folder
+    return run
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_loop_end_to_end_and_what_it_leaves(task, small, capsys):
+    folder = small("--task", task)
+    screen = capsys.readouterr().out
+    for words in ("NOT a language model", "def reward(", "steps/s", "LLM     ", "reward  ", "Not learnt"):
+        assert words in screen
+    assert [int(row["step"]) for row in rows(folder / "metrics.csv")] == [200, 400, 600]
+    assert json.loads((folder / "settings.json").read_text())["task"] == task
+    kinds = [json.loads(line)["kind"] for line in (folder / "llm.jsonl").read_text().splitlines()]
+    assert kinds[0] == "propose" and kinds.count("rank") == 2
+    theta = rows(folder / "theta.csv")
+    assert {row["step"] for row in theta} == {"0", "250", "500"}
+    # The reward's file works anywhere numpy is, with the last θ as its defaults.
+    namespace = {}
+    exec((folder / "reward.py").read_text(), namespace)
+    reward = Reward((folder / "reward.py").read_text().split("\n\n\n", 1)[1], TASKS[task].features)
+    last = {row["name"]: row["value"] for row in theta if row["step"] == "500"}
+    assert {name: f"{value:.6g}" for name, value in reward.params.items()} == last
+    terms = namespace["reward"](**{name: np.array([0.1, 0.2]) for name in reward.features})
+    np.testing.assert_array_equal(sum(terms.values()), reward.total({n: np.array([0.1, 0.2]) for n in reward.features}))
+    state = torch.load(folder / "policy.pt", weights_only=True)
+    assert set(state) == {"encoder", "actor", "critic"}
+
+
+def test_same_seed_twice_gives_identical_metrics_and_another_seed_does_not(small):
+    first, second, other = small("--seed", "3"), small("--seed", "3"), small("--seed", "4")
+    for name in ("metrics.csv", "theta.csv", "reward.py"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert (first / "metrics.csv").read_bytes() != (other / "metrics.csv").read_bytes()
+
+
+def test_replay_repeats_a_run_byte_for_byte(small, capsys):
+    first = small("--task", "push")
+    again = small("--task", "push", "--llm", f"replay:{first}/llm.jsonl")
+    assert (first / "metrics.csv").read_bytes() == (again / "metrics.csv").read_bytes()
+    assert (first / "theta.csv").read_bytes() == (again / "theta.csv").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="departed"):
+        small("--task", "grasp", "--llm", f"replay:{first}/llm.jsonl")
+    small("--task", "push", "--seed", "2", "--llm", f"replay:{first}/llm.jsonl")      # departs at the first ranking
+    assert "departed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reward", ["fixed", "sparse"])
+def test_baselines_never_change_the_reward(reward, small):
+    folder = small("--reward", reward)
+    exchanges = (folder / "llm.jsonl").read_text().splitlines()
+    assert len(exchanges) == (1 if reward == "fixed" else 0)
+    assert {row["step"] for row in rows(folder / "theta.csv")} <= {"0"}
+    assert (folder / "reward.py").exists() == (reward == "fixed")
+
+
+def test_pixels_run_and_stay_finite(small):
+    folder = small("--obs", "pixels", steps=300)
+    for row in rows(folder / "metrics.csv"):
+        assert all(np.isfinite(float(value)) and abs(float(value)) < 1e3 for name, value in row.items() if name != "step")
+
+
+def trajectories(rng, count=6):
+    return [rng.uniform(0, 0.5, (50, len(TASKS["touch"].features))) for _ in range(count)]
+
+
+def test_returns_agree_with_adding_up_steps():
+    rng, names = np.random.default_rng(0), TASKS["touch"].features
+    reward = Reward("def r(hand_to_block, contact_force, w=2.0):\n    return {'a': w * contact_force, 'b': -hand_to_block}",
+                    names)
+    taus = [tau[:length] for tau, length in zip(trajectories(rng, 3), (50, 7, 1))]
+    expected = [sum(3 * f[names.index("contact_force")] - f[names.index("hand_to_block")] for f in tau) for tau in taus]
+    np.testing.assert_allclose(selfalign.returns_of(reward, {"w": 3.0}, taus, names), expected)
+    chains = selfalign.returns_of(reward, {"w": np.array([[3.0], [0.0]])}, taus, names)
+    np.testing.assert_allclose(chains[0], expected)
+    assert chains.shape == (2, 3)
+
+
+def test_align_corrects_the_threshold_that_the_paper_corrects():
+    # Preferences for contact as it really is, 0.05 to 0.15 N, against a reward that asks for 1 N.
+    rng, names = np.random.default_rng(0), TASKS["touch"].features
+    reward = Reward("def r(hand_to_block, contact_force, reach=1.0, contact=2.0, threshold=1.0):\n"
+                    "    return {'a': -reach * hand_to_block, 'b': contact * (contact_force > threshold)}", names)
+    taus, force = trajectories(rng), names.index("contact_force")
+    for i, tau in enumerate(taus):
+        tau[:, force] = np.where(np.arange(50) < 9 * i, rng.uniform(0.05, 0.15, 50), 0.0)
+    pairs = [(i, j) for i in range(6) for j in range(i)]
+    posterior = selfalign.align(reward, reward.params, taus, pairs, names, np.random.default_rng(0))
+    theta = dict(zip(reward.params, posterior.best))
+    assert theta["threshold"] < 0.15
+    before = preference_loss(selfalign.returns_of(reward, reward.params, taus, names), pairs)
+    after = preference_loss(selfalign.returns_of(reward, theta, taus, names), pairs)
+    assert after < 1 < before
+
+
+def test_proposals_that_do_not_compile_run_or_stay_finite_go_back():
+    bad = ["I would reward touching.", "```python\nimport os\n```",
+           "```python\ndef reward(contact_force, w=1.0):\n    return {'log': w * np.log(contact_force)}\n```"]
+    good = "```python\ndef reward(contact_force, w=1.0):\n    return {'touch': w * contact_force}\n```"
+    asked, answers = [], iter([*bad, good])
+
+    def backend(messages):
+        asked.append(messages[-1]["content"])
+        return Reply(next(answers))
+    reward = selfalign.propose_reward(LLM(backend, lambda exchange: None), "touch", selfalign.random_features("touch"))
+    assert reward.params == {"w": 1.0}
+    assert "no function" in asked[1] and "function" in asked[2] and "term log" in asked[3]
+
+
+def test_a_failing_llm_costs_no_training(small, monkeypatch, capsys):
+    def fails_after_the_proposal(self, messages):
+        if "RANKING:" in messages[0]["content"]:
+            raise selfalign.LLMError("it is down; try later")
+        return Reply((ROOT / "prompts" / "offline" / "touch.txt").read_text())
+    monkeypatch.setattr(Offline, "__call__", fails_after_the_proposal)
+    folder = small()
+    assert "it is down; try later" in capsys.readouterr().out
+    assert len(rows(folder / "metrics.csv")) == 3 and (folder / "policy.pt").exists()
+
+
+def test_no_usable_proposal_ends_with_the_reason_and_the_transcript(small, monkeypatch):
+    monkeypatch.setattr(Offline, "__call__", lambda self, messages: Reply("no"))
+    with pytest.raises(SystemExit, match=r"(?s)no function in the answer.*llm\.jsonl"):
+        small()
+
+
+def test_a_full_disk_costs_nothing_that_was_learnt(small, monkeypatch, capsys):
+    real = Path.write_bytes
+
+    def full(self, data):
+        if self.parent.name.startswith("run") and self.parent.parent != Path("/") and not self.parent.name.startswith("run0-"):
+            raise OSError(28, "No space left on device")
+        return real(self, data)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    small()
+    errors = capsys.readouterr().err
+    assert errors.count("No space left on device") <= 7 and "free some space" in errors
+    rescue = Path(errors.strip().splitlines()[-1].split(" is in ")[1].rstrip("."))
+    assert len(rows(rescue / "metrics.csv")) == 3 and (rescue / "policy.pt").exists()
+
+
+def test_play_repeats_a_policy_and_saves_frames(small, monkeypatch, tmp_path, capsys):
+    folder = small("--reward", "fixed", steps=200)
+    monkeypatch.setattr(sys, "argv", ["selfalign.py", "--play", str(folder), "--episodes", "1", "--frames",
+                                      str(tmp_path / "frames")])
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        with pytest.raises(SystemExit, match="pip install"):
+            selfalign.main()
+    else:
+        selfalign.main()
+        assert len(list((tmp_path / "frames").iterdir())) == 50
+    monkeypatch.setattr(sys, "argv", ["selfalign.py", "--play", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="no finished run"):
+        selfalign.main()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--task", "fly"], "touch"), (["--steps", "0"], "--steps"), (["--seed", "-1"], "--seed"), (["--device", "abacus"], "--device"),
+    (["--llm", "oracle"], "replay:FILE"), (["--llm", "chat"], "--model"), (["--llm", "replay:none.jsonl"], "none.jsonl"),
+    (["--out", "/proc/nowhere"], "--out"), (["--out", str(ROOT)], "not empty")])
+def test_wrong_flags_get_one_clear_error(flags, words, small, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["selfalign.py", *(["--out", str(tmp_path / "x")] if "--out" not in flags else []), *flags])
+    with pytest.raises(SystemExit) as stop:
+        selfalign.main()
+    assert words in (str(stop.value) + capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("module, use", [
+    ("mh", "p = sample_posterior(lambda t: -t[:, 0], [1.0], burn_in=50, steps=50); assert p.best.shape == (1,)"),
+    ("drqv2", "a = DrQV2((3,), (1,), hidden_dim=8); b = ReplayBuffer(9, (3,), (1,)); b.begin([0, 0, 0]); "
+              "b.add([0], [0, 0, 0], 1.0, False, True); a.update(b.sample(4), 0)"),
+    ("envs", "e = PandaEnv('touch'); e.reset(seed=0); e.step([0, 0, 0, 0]); e.close()"),
+    ("reward", "Reward('def r(x, w=1.0): return {\"a\": w * x}', ['x']).total({'x': 1.0})")])
+def test_modules_work_alone_in_an_empty_folder(module, use, tmp_path):
+    (tmp_path / f"{module}.py").write_text((ROOT / f"{module}.py").read_text())
+    done = subprocess.run([sys.executable, "-c", f"from {module} import *; {use}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_key_is_nowhere(small, monkeypatch, capsys):
+    key = "sk-marked-fake-key-111"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    folder = small("--llm", "offline")
+    with pytest.raises(SystemExit) as stop:
+        monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9")
+        monkeypatch.setattr(selfalign.llm if hasattr(selfalign, "llm") else sys.modules["llm"], "RETRIES", 0)
+        small("--llm", "chat", "--model", "m")
+    printed = capsys.readouterr()
+    assert key not in str(stop.value) + printed.out + printed.err
+    assert all(key.encode() not in path.read_bytes() for path in folder.parent.rglob("*") if path.is_file())
