@@ -28,7 +28,7 @@ import pybullet_data
 SUBSTEPS = 12                  # 240 Hz physics, 20 Hz control
 DT = SUBSTEPS / 240.0          # control step, s
 EPISODE_STEPS = 50             # 2.5 s, then truncated
-MAX_DELTA = 0.015              # displacement of the commanded target per control step for an action of 1, m
+MAX_DELTA = 0.01               # displacement of the commanded target per control step for an action of 1, m
 MAX_LEAD = 0.03                # how far the commanded target may lead the hand along each axis, m
 MAX_TORQUE = 5.0               # cap of each arm joint's motor, N·m
 FINGER_FORCE = 3.0             # cap of each finger's motor, N
@@ -37,7 +37,7 @@ FINGER_MAX = 0.04              # a finger's travel, m; the opening between both 
 BLOCK_HALF = 0.02              # half the block's edge, m
 BLOCK_MASS = 0.05              # kg
 BLOCK_FRICTION = 0.5           # the table's and the fingers' are 1.0; Bullet multiplies the pair
-WORKSPACE = np.array([[0.30, -0.25, 0.02], [0.75, 0.25, 0.35]])   # of the commanded target, m
+WORKSPACE = np.array([[0.30, -0.25, 0.025], [0.75, 0.25, 0.35]])   # of the commanded target, m
 POINT_DOWN = (1.0, 0.0, 0.0, 0.0)                                 # hand orientation, quaternion xyzw
 HOME = (0.0, 0.3, 0.0, -2.2, 0.0, 2.5, 0.785)                     # joint angles that IK starts from, rad
 ARM, FINGERS, HAND = tuple(range(7)), (9, 10), 11                 # joint and link indices in panda.urdf
@@ -101,7 +101,7 @@ class PandaEnv:
     Actions, shape (4,) in [-1, 1]: the displacement of the hand's target along x, y, z in units of MAX_DELTA, then
     the wanted opening of the gripper, from closed (-1) to open (1); touch and push keep it closed.
 
-    Observations: `obs="state"`, float32 of shape (24,), positions in decimetres (see `_state`); or
+    Observations: `obs="state"`, float32 of shape (24,) (what it holds: see `_state`); or
     `obs="pixels"`, uint8 of shape (9, 84, 84): the last three RGB frames, channels first, oldest first.
 
     `step` returns as reward the sparse 1.0 while the success condition holds, else 0.0. `info` holds `success`
@@ -333,15 +333,44 @@ class PandaEnv:
         return np.concatenate(self._frames) if self.obs == "pixels" else self._state()
 
     def _state(self):
-        """float32 (24,), each entry of the order of 1 and clipped to ±10: lengths in decimetres, the rest SI.
+        """float32 (24,), scaled so that what matters for contact is of the order of 1, and clipped to ±10.
 
-        hand (3, from the middle of the workspace), target minus hand (3), hand velocity (3), block minus hand (3),
-        block velocity (3), block minus its start (2), goal minus block (2), cosine and sine of four times the
-        block's yaw (2), gripper opening (1), forces of the left finger and the right (2, N).
+        Lengths in units of 5 cm: hand (3, from the middle of the workspace), block minus hand (3), block minus its
+        start (2), goal minus block (2), gripper opening (1). Target minus hand (3) in cm. Speeds in dm/s: hand (3),
+        block (3). Cosine and sine of four times the block's yaw (2). log(1 + 10 F) of the left and the right finger's
+        force F in N (2).
         """
+        block, hand = self._block_position, self._hand
+        lengths = np.concatenate([hand - (0.5, 0.0, 0.1), block - hand, block[:2] - self._block_start,
+                                  self._goal - block[:2], [self._opening]])
         state = np.concatenate([
-            10 * (self._hand - (0.5, 0.0, 0.1)), 10 * (self._target - self._hand), self._hand_velocity,
-            10 * (self._block_position - self._hand), self._block_velocity,
-            10 * (self._block_position[:2] - self._block_start), 10 * (self._goal - self._block_position[:2]),
-            (math.cos(4 * self._block_yaw), math.sin(4 * self._block_yaw), 10 * self._opening), self._forces[1:]])
+            20 * lengths, 100 * (self._target - hand), 10 * self._hand_velocity, 10 * self._block_velocity,
+            (math.cos(4 * self._block_yaw), math.sin(4 * self._block_yaw)), np.log1p(10 * self._forces[1:])])
         return np.clip(state, -10.0, 10.0).astype(np.float32)
+
+
+if __name__ == "__main__":
+    for task in TASKS:
+        env, rng, steps = PandaEnv(task), np.random.default_rng(0), 2000
+        started, physics = time.perf_counter(), 0.0
+        for step in range(steps):
+            if step % EPISODE_STEPS == 0:
+                env.reset(seed=step)
+            env.step(rng.uniform(-1, 1, 4))
+        total = time.perf_counter() - started
+        for step in range(steps):      # the same number of steps again, with nothing but the physics
+            if step % EPISODE_STEPS == 0:
+                env.reset(seed=step)
+            began = time.perf_counter()
+            for _ in range(SUBSTEPS):
+                env._p_stepSimulation()
+            physics += time.perf_counter() - began
+        env.close()
+        print(f"{task}: {steps / total:.0f} control steps/s, {1e3 * total / steps:.2f} ms each, of which bare physics "
+              f"{1e3 * physics / steps:.2f} ms")
+    env = PandaEnv("touch", obs="pixels")
+    env.reset(seed=0)
+    started = time.perf_counter()
+    for _ in range(200):
+        env._frame(84)
+    print(f"a frame of 84x84 pixels: {(time.perf_counter() - started) / 200 * 1e3:.1f} ms")

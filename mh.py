@@ -36,6 +36,10 @@ def preference_loss(returns, pairs, beta=BETA):
     return np.logaddexp(0.0, -beta * margin).sum(axis=-1)
 
 
+class SamplerError(ValueError):
+    """Nothing can be sampled; the message says why."""
+
+
 @dataclass
 class Posterior:
     """Draws of θ and what says whether to trust them.
@@ -68,7 +72,7 @@ def sample_posterior(log_likelihood, centre, prior_std=PRIOR_STD, chains=8, burn
     other is real and sampled as θ ~ N(centre, (prior_std · max(1, |centre|))²).
 
     log_likelihood: maps θ of shape (C, P) to (C,); NaN and infinities count as impossible. centre: (P,).
-    Returns a Posterior. Raises ValueError when no θ with a finite likelihood is found.
+    Returns a Posterior. Raises SamplerError when no θ with a finite likelihood is found.
     """
     centre = np.atleast_1d(np.asarray(centre, dtype=float))
     positive = centre > 0
@@ -105,7 +109,7 @@ def metropolis_hastings(log_likelihood, log_prior, start, burn_in, steps, rng):
     stationary distribution: the likelihood is raised to a power that grows from 0 to 1 over the first half (annealing,
     lest chains stay in the first mode they meet), and differences come from the second half of the draws so far.
 
-    Returns (draws (C, steps, P), their log densities (C, steps), acceptance rate after burn-in). Raises ValueError when no chain has found a finite
+    Returns (draws (C, steps, P), their log densities (C, steps), acceptance rate after burn-in). Raises SamplerError when no chain has found a finite
     likelihood by the end of burn-in.
     """
     x = np.array(start, dtype=float)
@@ -134,7 +138,7 @@ def metropolis_hastings(log_likelihood, log_prior, start, burn_in, steps, rng):
         draws[t], densities[t] = x, likelihood + prior
         accepted += accept.sum() * (t > burn_in)
         if t == burn_in and np.isneginf(likelihood).all():
-            raise ValueError("Metropolis-Hastings found no parameters with a finite likelihood")
+            raise SamplerError("Metropolis-Hastings found no parameters with a finite likelihood")
     kept = slice(1 + burn_in, None)
     return draws[kept].transpose(1, 0, 2), densities[kept].T, accepted / (steps * chains)
 

@@ -12,24 +12,21 @@
 The function's arguments without default are features, those with a default are θ with its initial values, and
 it returns a dict of named terms, whose sum is the reward. The language is what elementwise arithmetic needs and
 no more. Safety comes from construction: source is parsed, never executed as it stands; every node of its tree
-must be on a whitelist; and what is compiled sees no builtins, only the functions below.
+must be on a whitelist; and what is compiled sees no builtins, only the functions below, as attributes of an `np` that holds nothing else.
 """
 
 import ast
 import difflib
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 
-# All elementwise: an array keeps its shape, so memory and time are bounded by the source's length, and the
-# same code scores one step, a whole buffer or many chains of parameters.
-FUNCTIONS = {name: getattr(np, name) for name in (
-    "abs", "arctan", "ceil", "clip", "cos", "exp", "expm1", "floor", "hypot", "log", "log10", "log1p", "log2",
-    "logical_and", "logical_not", "logical_or", "maximum", "minimum", "power", "sign", "sin", "sqrt", "square",
-    "tan", "tanh", "where")}
-FUNCTIONS |= {"absolute": np.abs, "max": np.maximum, "min": np.minimum, "pow": np.power}
-ARITY = {"clip": 3, "hypot": 2, "where": 3, "logical_and": 2, "logical_or": 2, "maximum": 2, "minimum": 2,
-         "power": 2, "max": 2, "min": 2, "pow": 2}                                      # all others take 1
+# Name and number of arguments. All are elementwise: an array keeps its shape, so memory and time are bounded by the
+# source's length, and the same code scores one step, a whole buffer or many chains of parameters.
+FUNCTIONS = {name: arity for arity, names in (
+    (1, "abs arctan ceil cos exp expm1 floor log log10 log1p log2 logical_not sign sin sqrt square tan tanh"),
+    (2, "hypot logical_and logical_or maximum minimum power"), (3, "clip where")) for name in names.split()}
 
 NODES = (ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Expr, ast.Dict, ast.Name,
          ast.Load, ast.Store, ast.Constant, ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare,
@@ -48,6 +45,7 @@ HINTS = {
     ast.For: "no loops: the features are arrays already",
     ast.While: "no loops: the features are arrays already",
 }
+THERE_ARE = "there are " + ", ".join(f"np.{name}" for name in FUNCTIONS)
 MAX_CHARS, MAX_NODES, MAX_PARAMS = 8000, 1500, 20
 
 
@@ -72,8 +70,8 @@ class Reward:
         self.name = function.name
         self.features, self.params = _signature(function, list(features))
         self.term_names = _body(function, {*self.features, *self.params})
-        tree = ast.Module([_Lower().visit(function)], type_ignores=[])
-        namespace = {**FUNCTIONS, "__builtins__": {}}
+        tree = ast.Module([_FloatConstants().visit(function)], type_ignores=[])
+        namespace = {"np": SimpleNamespace(**{name: getattr(np, name) for name in FUNCTIONS}), "__builtins__": {}}
         exec(compile(ast.fix_missing_locations(tree), "<reward>", "exec"), namespace)
         self._function = namespace[self.name]
 
@@ -122,9 +120,6 @@ def _parse(source):
     """The one function in `source`, as a tree."""
     if len(source) > MAX_CHARS:
         raise RewardError(f"the source has {len(source)} characters, more than the {MAX_CHARS} allowed")
-    if not source.isascii():
-        line = next(i for i, text in enumerate(source.splitlines(), 1) if not text.isascii())
-        raise RewardError(f"line {line}: only ASCII characters are allowed in code and comments")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -152,16 +147,13 @@ def _check_nodes(function):
             raise RewardError(f"the source is too long: more than {MAX_NODES} syntax nodes")
         if depth > 60:
             _fail(node, "expressions are nested too deeply")
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np" \
-                and node.attr in FUNCTIONS:
-            continue                                  # np.exp: its place, as what is called, is checked in _Lower
-        if not isinstance(node, NODES):
-            what = type(node).__name__
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
+            if node.attr not in FUNCTIONS:
                 close = difflib.get_close_matches(node.attr, FUNCTIONS, 1)
-                _fail(node, f"np.{node.attr} is not available" + (f"; is np.{close[0]} meant?" if close else
-                                                                  f"; there are {', '.join(sorted(FUNCTIONS))}"))
-            _fail(node, HINTS.get(type(node), f"{what} is not part of the language"))
+                _fail(node, f"np.{node.attr:.40} is not available; " + (f"is np.{close[0]} meant?" if close else THERE_ARE))
+            continue                         # np.NAME is fine where it is called, which _check_expression sees to
+        if not isinstance(node, NODES):
+            _fail(node, HINTS.get(type(node), f"{type(node).__name__} is not part of the language"))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             _fail(node, HINTS[ast.Not])
         if isinstance(node, ast.Compare) and len(node.ops) > 1:
@@ -170,9 +162,7 @@ def _check_nodes(function):
             _fail(node, "annotations are not allowed")
         if isinstance(node, ast.FunctionDef) and node is not function:
             _fail(node, "functions inside the function are not allowed")
-        children = [child for child in ast.iter_child_nodes(node)
-                    if not (isinstance(node, ast.UnaryOp) and isinstance(child, ast.Not))]
-        nodes += [(child, depth + 1) for child in children]
+        nodes += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
 
 
 def _defaults(args):
@@ -199,7 +189,7 @@ def _signature(function, offered):
             _fail(arg, f"{arg.arg} is a feature: it cannot have a default value")
     features = [arg.arg for arg in args.args + args.kwonlyargs if arg.arg not in params]
     for arg in args.args + args.kwonlyargs:
-        if arg.arg in FUNCTIONS or arg.arg == "np" or arg.arg.startswith("__"):
+        if arg.arg == "np" or arg.arg.startswith("__"):
             _fail(arg, f"{arg.arg} is reserved: give the argument another name")
         if arg.arg in features and arg.arg not in offered:
             _fail(arg, f"{arg.arg} is not a feature of this task (they are: {', '.join(offered)}); a parameter needs "
@@ -236,7 +226,7 @@ def _body(function, arguments):
         target = statement.targets[0]
         if len(statement.targets) > 1 or not isinstance(target, ast.Name):
             _fail(statement, "assign to one plain name at a time")
-        if target.id in arguments or target.id in FUNCTIONS or target.id == "np" or target.id.startswith("__"):
+        if target.id in arguments or target.id == "np" or target.id.startswith("__"):
             _fail(statement, f"{target.id} already has a meaning: assign to another name")
         _check_expression(statement.value, known)
         known.add(target.id)
@@ -248,18 +238,17 @@ def _check_expression(expression, known):
     called = set()
     for node in ast.walk(expression):
         if isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-            if name not in FUNCTIONS or name in known:
-                _fail(node, f"{name or 'this'} cannot be called; there are {', '.join(sorted(FUNCTIONS))}")
-            if node.keywords or any(isinstance(a, ast.Starred) for a in node.args) \
-                    or len(node.args) != ARITY.get(name, 1):
-                _fail(node, f"{name} takes {ARITY.get(name, 1)} plain arguments")
-            called |= {node.func, getattr(node.func, "value", None)}
+            if not isinstance(node.func, ast.Attribute):
+                _fail(node, "only functions of the form np.NAME can be called; " + THERE_ARE)
+            arity = FUNCTIONS[node.func.attr]
+            if node.keywords or any(isinstance(a, ast.Starred) for a in node.args) or len(node.args) != arity:
+                _fail(node, f"np.{node.func.attr} takes {arity} plain argument{'s' * (arity > 1)}")
+            called |= {node.func, node.func.value}
         elif isinstance(node, ast.Attribute) and node not in called:
             _fail(node, f"np.{node.attr} must be called")
         elif isinstance(node, ast.Name) and node not in called and node.id not in known:
             close = difflib.get_close_matches(node.id, known, 1)
-            _fail(node, f"unknown name {node.id}" + (f"; is {close[0]} meant?" if close else ""))
+            _fail(node, f"unknown name {node.id:.40}" + (f"; is {close[0]} meant?" if close else ""))
         elif isinstance(node, ast.Constant):
             _number(node)
         elif isinstance(node, (ast.Dict, ast.Expr)):
@@ -280,11 +269,8 @@ def _number(constant):
     return value
 
 
-class _Lower(ast.NodeTransformer):
-    """np.exp becomes exp; numbers become floats, so that no power of integers can grow without bound."""
-
-    def visit_Attribute(self, node):
-        return ast.Name(node.attr, ast.Load())
+class _FloatConstants(ast.NodeTransformer):
+    """Numbers become floats, so that no power of integers can grow without bound."""
 
     def visit_Constant(self, node):
         return ast.Constant(float(node.value)) if type(node.value) in (int, float) else node

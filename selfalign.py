@@ -25,7 +25,7 @@ from drqv2 import DrQV2, ReplayBuffer
 from envs import DT, EPISODE_STEPS, FEATURES, TASKS, PandaEnv, describe_features
 from llm import (Chat, LLM, LLMError, Manual, Offline, Replay, describe_attempt, prompt, read_analysis, read_code,
                  read_ranking)
-from mh import preference_loss, sample_posterior
+from mh import SamplerError, preference_loss, sample_posterior
 from reward import FUNCTIONS, Reward, RewardError
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ
@@ -62,6 +62,12 @@ def train(args, llm, run):
         say_reward(reward)
         run.record_theta(0, "proposal", theta)
         run.save_reward(reward, theta)
+
+    def r_theta(features):
+        """r_θ(f_t) of one step (F,) or of many (N, F), divided by `scale`; 0 where it is not finite."""
+        total = reward.total(dict(zip(task.features, features.T)), theta) / scale
+        return np.nan_to_num(total, nan=0.0, posinf=0.0, neginf=0.0)
+
     trajectories, preferences = [], []
     period_start, previous_success, started = 0, 0.0, time.monotonic()
 
@@ -71,8 +77,8 @@ def train(args, llm, run):
         # train the DrQ-v2 policy on R_θ
         action = rng.uniform(-1, 1, 4) if step <= EXPLORE_STEPS else agent.act(obs, step)
         obs, sparse_reward, terminated, truncated, info = env.step(action)
-        features = list(info["features"].values())
-        r = sparse_reward if reward is None else float(reward.total(info["features"], theta)) / scale
+        features = np.array(list(info["features"].values()))
+        r = sparse_reward if reward is None else r_theta(features)
         buffer.add(action, obs, r, terminated, truncated, features)
         if terminated or truncated:
             obs, _ = env.reset()
@@ -89,7 +95,7 @@ def train(args, llm, run):
                 return step - EVAL_EVERY
             previous_success = success
 
-        if step % UPDATE_EVERY == 0 and args.reward == "selfalign" and step < args.steps:
+        if step % UPDATE_EVERY == 0 and args.reward == "selfalign" and previous_success < 1.0 and step < args.steps:
             # T ← K trajectories of the replay buffer's last period, spread over the range of R_θ; of its second half,
             # which shows what the policy has come to do
             period, period_start = buffer.episodes(since=period_start), buffer.rows
@@ -123,10 +129,10 @@ def train(args, llm, run):
                 # relabel the whole replay buffer with the new R_θ, in the size of rewards that the critic is used to:
                 # a ranking fixes how the terms compare, and their common scale hardly at all
                 scale *= spread(reward, theta, period, task.features) / spread(reward, before, period, task.features)
-                buffer.relabel(lambda f: reward.total(dict(zip(task.features, f.T)), theta) / scale)
+                buffer.relabel(r_theta)
                 run.save_reward(reward, theta)
-            except LLMError as error:
-                print(f"\n  The LLM gave no usable answer; training goes on with the θ it has.\n  {error}\n", flush=True)
+            except (LLMError, SamplerError) as error:
+                print(f"\n  No new θ; training goes on with the one it has.\n  {error}\n", flush=True)
     return None
 
 
@@ -148,7 +154,7 @@ def propose_reward(llm, task, features):
         return reward
 
     question = prompt("propose", task=task, goal=TASKS[task].goal, features=describe_features(task),
-                      functions=", ".join(sorted(FUNCTIONS)))
+                      functions=", ".join(f"np.{name}" for name in FUNCTIONS))
     return llm.ask("propose", question, parse)
 
 

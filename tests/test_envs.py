@@ -130,8 +130,8 @@ def test_touch_gently_succeeds_and_roughly_fails():
     env = PandaEnv("touch")
     for seed in range(3):
         def gently(t):
-            side = env._block_position - (0.05, 0, -0.01)
-            return [*(aim(env, side) if t < 20 else (0.06, 0, 0)), 0]
+            side = env._block_position - (0.045, 0, -0.01)
+            return [*(aim(env, side) if t < 20 else (0.1, 0, 0)), 0]
         infos = play(env, gently, seed)
         contact = [info["features"]["contact_force"] > 0.01 for info in infos]
         first = next(t for t in range(EPISODE_STEPS) if t >= 9 and all(contact[t - 9:t + 1]))

@@ -63,10 +63,10 @@ def test_features_are_never_changed():
 
 
 def test_source_with_new_parameters_keeps_comments_and_runs_elsewhere():
-    reward = Reward(SOURCE, FEATURES)
+    reward = Reward(SOURCE.replace("guesses", "guesses \u2264 1"), FEATURES)
     theta = {"reach_weight": 0.5, "contact_threshold": 0.127, "reach_scale": 0.1, "contact_weight": 21.05}
     source = reward.source_with(theta)
-    assert "# the weights are guesses" in source
+    assert "# the weights are guesses \u2264 1" in source
     assert Reward(source, FEATURES).params == theta
     namespace = {"np": np}
     exec(source, namespace)                                          # as a person who pastes it would
@@ -90,7 +90,7 @@ def wrap(expression):
     ("w if force > 1 else 0", "np.where"), ("force > 1 and distance < 1", "&"), ("not force", "~"),
     ("0 < force < 1", "(a < b) & (b < c)"), ("np.foo(force)", "np.foo is not available"),
     ("np.maximun(force, 1)", "np.maximum meant"), ("forse", "force meant"), ("np.clip(force, 0)", "takes 3"),
-    ("np.exp", "must be called"), ("height * w", "unknown name"), ("weight", "unknown name")])
+    ("np.exp", "must be called"), ("np.max(force, 0)", "np.maximum meant"), ("max(force, 0)", "form np.NAME"), ("height * w", "unknown name"), ("weight", "unknown name")])
 def test_common_slips_get_a_line_and_a_way_out(expression, hint):
     with pytest.raises(RewardError, match="line 2") as error:
         Reward(wrap(expression), FEATURES)
@@ -100,7 +100,7 @@ def test_common_slips_get_a_line_and_a_way_out(expression, hint):
 @pytest.mark.parametrize("signature, hint", [
     ("distance, w=1.0, *args", "args"), ("speed, w=1.0", "speed is not a feature"), ("distance", "no parameters"),
     ("distance, w='1'", "plain number"), ("distance=1.0, w=1.0", "distance is a feature"),
-    ("distance, exp=1.0", "reserved"), ("distance, w=1e999", "too large")])
+    ("distance, np=1.0", "reserved"), ("distance, __w=1.0", "reserved"), ("distance, w=1e999", "too large")])
 def test_signatures_are_checked(signature, hint):
     with pytest.raises(RewardError, match=hint):
         Reward(f'def reward({signature}):\n    return {{"a": distance}}', FEATURES)
@@ -143,7 +143,7 @@ HOSTILE += [
     "def reward(force, w=1.0):\n    force.flags = 1\n    return {'a': w}",
     "def reward(force, w=1.0):\n    force += 1\n    return {'a': force}",
     "def reward(force, w=1.0):\n    force = w\n    return {'a': force}",
-    "def reward(force, w=1.0):\n    exp = w\n    return {'a': np.exp(force)}",
+    "def reward(force, w=1.0):\n    np = w\n    return {'a': np.exp(force)}",
     "def reward(force, w=1.0):\n    a, b = force, w\n    return {'a': a}",
     "def reward(force, w=1.0):\n    x: print('pwned') = 1\n    return {'a': force}",
     "def reward(force, w=1.0):\n    def f(): return 1\n    return {'a': force}",
@@ -152,6 +152,7 @@ HOSTILE += [
     "def reward(force, w=1.0):\n    return {'a': force, 'a': w}", "def reward(force, w=1.0):\n    return force",
     "def reward(force, w=1.0):\n    pass", "def reward(force, w=1.0):\n    return {'__class__': yield_}",
     "def reward(f\u043erce, w=1.0):\n    return {'a': f\u043erce}", "def reward(force, w=1.0):\n    return {'a': \uff57}",
+    "def reward(force, w=1.0):\n    return {'a': np.\uff45xp(\uff46orce) * \u017f}", "\ud800", "# \u202e\n" + wrap("f\u200dorce"),
     "# " + "x" * 2_000_000, "def reward(" + ", ".join(f"w{i}=1.0" for i in range(500)) + "):\n    return {'a': w1}",
     "def reward(force, w=1.0):\n" + "".join(f"    x{i} = force\n" for i in range(2000)) + "    return {'a': w}",
     "match force:\n    case _: pass", "type X = int\n" + wrap("force"), "def reward[T](force, w=1.0):\n    return {'a': force}"]
@@ -181,14 +182,15 @@ def test_there_are_enough_hostile_sources_and_few_are_harmless():
             accepted.append(source)
         except RewardError:
             pass
-    # Arithmetic that overflows or fails only when computed, and a feature in 180 pairs of parentheses.
+    # Arithmetic that overflows or fails only when computed, a feature in 180 pairs of parentheses, a full-width w.
     assert {ast.unparse(ast.parse(s).body[0].body[0].value.values[0]) for s in accepted} == {
-        "9 ** 9 ** 9 ** 9", "10.0 ** 10 ** 10 ** 10", "2 ** 10 ** 9", "(-1) ** 0.5", "1 / 0", "1e+308 * 10", "~w", "force"}
+        "9 ** 9 ** 9 ** 9", "10.0 ** 10 ** 10 ** 10", "2 ** 10 ** 9", "(-1) ** 0.5", "1 / 0", "1e+308 * 10", "~w", "force", "w"}
 
 
-def test_functions_are_elementwise():
+def test_functions_are_elementwise_and_numpys():
     x = np.array([[0.2, 0.7, 1.3]])
-    for name, function in FUNCTIONS.items():
-        arity = {"clip": 3, "where": 3}.get(name) or (2 if name in (
-            "hypot", "logical_and", "logical_or", "maximum", "minimum", "power", "max", "min", "pow") else 1)
-        assert np.shape(function(*[x] * arity)) == x.shape
+    for name, arity in FUNCTIONS.items():
+        reward = Reward(f"def r(distance, w=1.0):\n    return {{'a': 0 + np.{name}({', '.join(['distance'] * arity)})}}", FEATURES)
+        result = reward.total({"distance": x})
+        assert result.shape == x.shape
+        np.testing.assert_array_equal(result, getattr(np, name)(*[x] * arity))
