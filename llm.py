@@ -29,6 +29,13 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 10, 180         # s
 TOTAL_TIMEOUT = 600               # of one request, so that a reply which only trickles ends too, s
 RETRIES, MAX_WAIT = 5, 120        # of one request; the longest wait between two that is accepted, s
 MAX_BYTES = 1_000_000             # of one HTTP reply
+FAULTS = (                        # what to call requests' exceptions, the first that fits
+    (requests.exceptions.SSLError, "no secure connection (is the certificate valid?)"),
+    (requests.exceptions.ProxyError, "no connection through the proxy"),
+    (requests.Timeout, "no complete answer in time"),
+    (requests.ConnectionError, "no connection (is the server running?)"),
+    (requests.exceptions.ChunkedEncodingError, "the connection broke off in mid-reply"),
+    (requests.RequestException, "a reply that breaks HTTP's rules"))
 
 Reply = namedtuple("Reply", "text prompt_tokens completion_tokens", defaults=(0, 0))
 
@@ -126,7 +133,7 @@ class Chat:
             except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
                 raise LLMError(self._clean(f"OPENAI_BASE_URL is not an address: {error}")) from None
             except requests.RequestException as error:
-                fault, wait = f"{type(error).__name__}: {error}", None
+                fault, wait = next(words for kind, words in FAULTS if isinstance(error, kind)), None
             else:
                 if status == 200:
                     return self._read(body)
@@ -447,19 +454,21 @@ class Offline:
         theta = {name: float(value) for name, value in re.findall(r"(\w+)=([-+\d.e]+)", text)}
         attempts = list(self._attempts(text).values())
 
-        def highest(name):
-            return max(features[name][2] for features, _ in attempts)
+        def typical(name):
+            """Median over the attempts that have any of the feature of its highest value; 0 where none has."""
+            values = [features[name][2] for features, _ in attempts if features[name][2] > 0]
+            return float(np.median(values)) if values else 0.0
 
-        if task == "touch" and 0 < highest("contact_force") <= theta["contact_threshold"]:
-            why, params = "no contact is as strong as contact_threshold", {
-                "contact_threshold": 0.3 * highest("contact_force")}
-        elif task == "touch" and (highest("contact_force") > 2 or highest("block_displacement") > 0.05):
+        if task == "touch" and 0 < typical("contact_force") <= theta["contact_threshold"]:
+            why, params = "most contacts are weaker than contact_threshold", {
+                "contact_threshold": 0.3 * typical("contact_force")}
+        elif task == "touch" and (typical("contact_force") > 2 or typical("block_displacement") > 0.05):
             why, params = "the robot touches the block too roughly", {"rough_weight": 3 * theta["rough_weight"]}
         elif task == "touch":
             why, params = "contact does not pay enough", {"contact_weight": 2 * theta["contact_weight"]}
-        elif task == "grasp" and 0 < highest("grip_force") <= theta["grip_threshold"]:
-            why, params = "no grip is as firm as grip_threshold", {"grip_threshold": 0.3 * highest("grip_force")}
-        elif task == "grasp" and highest("grip_force") == 0:
+        elif task == "grasp" and 0 < typical("grip_force") <= theta["grip_threshold"]:
+            why, params = "most grips are weaker than grip_threshold", {"grip_threshold": 0.3 * typical("grip_force")}
+        elif task == "grasp" and typical("grip_force") == 0:
             why, params = "the fingers never hold the block", {"grip_weight": 2 * theta["grip_weight"]}
         elif task == "grasp":
             why, params = "lifting does not pay enough", {"lift_weight": 2 * theta["lift_weight"]}
