@@ -65,7 +65,7 @@ class Posterior:
         return bool(np.all(self.rhat < MAX_RHAT) and np.all(self.ess > MIN_ESS))
 
 
-def sample_posterior(log_likelihood, centre, prior_std=PRIOR_STD, chains=8, burn_in=3000, steps=4000, rng=None):
+def sample_posterior(log_likelihood, centre, prior_std=PRIOR_STD, chains=8, burn_in=6000, steps=6000, rng=None):
     """Draws θ from exp(log_likelihood(θ)) p(θ) by Metropolis-Hastings, all chains in one vectorised evaluation.
 
     A parameter whose `centre` is above zero is positive and sampled as log θ ~ N(log centre, prior_std²); any

@@ -46,7 +46,7 @@ HINTS = {
     ast.While: "no loops: the features are arrays already",
 }
 THERE_ARE = "there are " + ", ".join(f"np.{name}" for name in FUNCTIONS)
-MAX_CHARS, MAX_NODES, MAX_PARAMS = 8000, 1500, 20
+MAX_CHARS, MAX_NODES, MAX_PARAMS = 8000, 1500, 12
 
 
 class RewardError(ValueError):

@@ -77,9 +77,9 @@ def train(args, llm, run):
         # train the DrQ-v2 policy on R_θ
         action = rng.uniform(-1, 1, 4) if step <= EXPLORE_STEPS else agent.act(obs, step)
         obs, sparse_reward, terminated, truncated, info = env.step(action)
-        features = np.array(list(info["features"].values()))
-        r = sparse_reward if reward is None else r_theta(features)
-        buffer.add(action, obs, r, terminated, truncated, features)
+        f_t = np.array(list(info["features"].values()))
+        r = sparse_reward if reward is None else r_theta(f_t)
+        buffer.add(action, obs, r, terminated, truncated, f_t)
         if terminated or truncated:
             obs, _ = env.reset()
             buffer.begin(obs)
@@ -100,7 +100,8 @@ def train(args, llm, run):
             # which shows what the policy has come to do
             period, period_start = buffer.episodes(since=period_start), buffer.rows
             period = period[len(period) // 2:]
-            returns = returns_of(reward, theta, period, task.features)
+            features, starts = columns(period, task.features)
+            returns = returns_of(reward, theta, features, starts)
             chosen = rng.permutation(np.argsort(returns)[np.linspace(0, len(period) - 1, RANKED).round().astype(int)])
             T, R = [period[i] for i in chosen], returns[chosen]
             # ask the LLM to rank T from their text descriptions; rank T by R_θ
@@ -128,7 +129,7 @@ def train(args, llm, run):
                     run.record_theta(step, "analysis", theta)
                 # relabel the whole replay buffer with the new R_θ, in the size of rewards that the critic is used to:
                 # a ranking fixes how the terms compare, and their common scale hardly at all
-                scale *= spread(reward, theta, period, task.features) / spread(reward, before, period, task.features)
+                scale *= (reward.total(features, theta).std() or 1.0) / (reward.total(features, before).std() or 1.0)
                 buffer.relabel(r_theta)
                 run.save_reward(reward, theta)
             except (LLMError, SamplerError) as error:
@@ -158,26 +159,27 @@ def propose_reward(llm, task, features):
     return llm.ask("propose", question, parse)
 
 
-def returns_of(reward, theta, trajectories, names):
-    """R_θ(τ) = Σ_t r_θ(f_t) of each trajectory, a (T, F) array of features.
+def columns(trajectories, names):
+    """Trajectories, (T, F) arrays, end to end: ({name: (N,) array}, the index at which each begins)."""
+    features = dict(zip(names, np.ascontiguousarray(np.concatenate(trajectories).T)))
+    return features, np.cumsum([0] + [len(trajectory) for trajectory in trajectories[:-1]])
+
+
+def returns_of(reward, theta, features, starts):
+    """R_θ(τ) = Σ_t r_θ(f_t) of K trajectories as `columns` gives them.
 
     Shape (K,); with arrays of shape (C, 1) as θ's values, shape (C, K).
     """
-    total = reward.total(dict(zip(names, np.concatenate(trajectories).T)), theta)
-    starts = np.cumsum([0] + [len(trajectory) for trajectory in trajectories[:-1]])
-    return np.add.reduceat(total, starts, axis=-1)
-
-
-def spread(reward, theta, trajectories, names):
-    """Standard deviation of r_θ(f_t) over all steps of some trajectories; 1 where it is constant."""
-    return float(reward.total(dict(zip(names, np.concatenate(trajectories).T)), theta).std()) or 1.0
+    return np.add.reduceat(reward.total(features, theta), starts, axis=-1)
 
 
 def align(reward, prior, trajectories, preferences, names, rng):
     """The posterior of θ given preferences, pairs of indices into `trajectories`; prior: θ's centre by name."""
+    features, starts = columns(trajectories, names)
+
     def log_likelihood(theta):
         params = {name: theta[:, i:i + 1] for i, name in enumerate(prior)}
-        return -preference_loss(returns_of(reward, params, trajectories, names), preferences)
+        return -preference_loss(returns_of(reward, params, features, starts), preferences)
 
     return sample_posterior(log_likelihood, list(prior.values()), rng=rng)
 
@@ -227,7 +229,7 @@ def evaluate(agent, env, reward, theta):
             rows.append(list(info["features"].values()))
         successes += succeeded
         returns.append(sparse_return if reward is None else
-                       returns_of(reward, theta, [np.array(rows)], env.feature_names)[0])
+                       reward.total(dict(zip(env.feature_names, np.array(rows).T)), theta).sum())
     return successes / EVAL_EPISODES, float(np.mean(returns))
 
 
@@ -435,7 +437,7 @@ def main():
     if args.obs == "state":
         torch.set_num_threads(1)      # networks this small lose time to a second thread
     try:
-        backend, who = choose_backend(args)
+        backend, who = (None, "none is asked") if args.reward == "sparse" else choose_backend(args)
     except LLMError as error:
         sys.exit(f"selfalign: {error}")
     folder = args.out or next(name for name in (f"runs/{args.task}-{args.reward}-{args.seed}{suffix}" for suffix in
@@ -443,7 +445,7 @@ def main():
     run = Run(folder, {name: value for name, value in vars(args).items() if name not in ("play", "frames", "episodes")})
     llm = LLM(backend, run.record_exchange)
     print(f"Task: {args.task}. {TASKS[args.task].goal}\nReward: {args.reward}, observations: {args.obs}, seed {args.seed}. "
-          f"Everything is kept in {folder}.\nLLM: {'none is asked' if args.reward == 'sparse' else who}", flush=True)
+          f"Everything is kept in {folder}.\nLLM: {who}", flush=True)
     steps = None
     try:
         steps = train(args, llm, run)

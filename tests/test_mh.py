@@ -44,7 +44,7 @@ def test_posterior_of_gaussian_likelihoods():
         assert x.mean() == pytest.approx(expected, abs=0.1 * std)
         assert x.std() == pytest.approx(math.sqrt(variance), rel=0.1)
     assert posterior.mixed
-    assert posterior.samples.shape == (8, 4000, 2)
+    assert posterior.samples.shape == (8, 6000, 2)
 
 
 def test_posterior_of_a_threshold():

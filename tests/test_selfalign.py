@@ -114,8 +114,8 @@ def test_returns_agree_with_adding_up_steps():
                     names)
     taus = [tau[:length] for tau, length in zip(trajectories(rng, 3), (50, 7, 1))]
     expected = [sum(3 * f[names.index("contact_force")] - f[names.index("hand_to_block")] for f in tau) for tau in taus]
-    np.testing.assert_allclose(selfalign.returns_of(reward, {"w": 3.0}, taus, names), expected)
-    chains = selfalign.returns_of(reward, {"w": np.array([[3.0], [0.0]])}, taus, names)
+    np.testing.assert_allclose(selfalign.returns_of(reward, {"w": 3.0}, *selfalign.columns(taus, names)), expected)
+    chains = selfalign.returns_of(reward, {"w": np.array([[3.0], [0.0]])}, *selfalign.columns(taus, names))
     np.testing.assert_allclose(chains[0], expected)
     assert chains.shape == (2, 3)
 
@@ -132,8 +132,9 @@ def test_align_corrects_the_threshold_that_the_paper_corrects():
     posterior = selfalign.align(reward, reward.params, taus, pairs, names, np.random.default_rng(0))
     theta = dict(zip(reward.params, posterior.best))
     assert theta["threshold"] < 0.15
-    before = preference_loss(selfalign.returns_of(reward, reward.params, taus, names), pairs)
-    after = preference_loss(selfalign.returns_of(reward, theta, taus, names), pairs)
+    columns = selfalign.columns(taus, names)
+    before = preference_loss(selfalign.returns_of(reward, reward.params, *columns), pairs)
+    after = preference_loss(selfalign.returns_of(reward, theta, *columns), pairs)
     assert after < 1 < before
 
 
