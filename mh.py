@@ -13,7 +13,7 @@ Thresholds inside the reward make L piecewise constant, so its gradient says not
     def log_likelihood(theta):                                     # theta (C, P), one row per chain
         return -preference_loss(returns(theta), pairs)             # returns (C, K)
     posterior = sample_posterior(log_likelihood, centre=[1.0, 2.0], rng=np.random.default_rng(1))
-    posterior.best, posterior.interval(), posterior.mixed
+    posterior.medoid, posterior.interval(), posterior.mixed
 """
 
 from dataclasses import dataclass
@@ -44,13 +44,16 @@ class SamplerError(ValueError):
 class Posterior:
     """Draws of θ and what says whether to trust them.
 
-    samples (C, S, P) in θ's own scale, C chains of S draws; best (P,), the draw of the highest posterior density;
-    acceptance, the share of proposals accepted after burn-in; rhat (P,) and ess (P,). Density and diagnostics are
-    those of the space θ was sampled in (log θ for positive parameters).
+    samples (C, S, P) in θ's own scale, C chains of S draws; medoid (P,), the draw nearest to all others; acceptance,
+    the share of proposals accepted after burn-in; rhat (P,) and ess (P,). Distances and diagnostics are those of the
+    space θ was sampled in (log θ for positive parameters).
+
+    The medoid is the estimate to use: a median of all parameters together. Marginal medians may combine into a θ that
+    explains nothing, and the highest density often is a spike with little mass, at the edge of a threshold's range.
     """
 
     samples: np.ndarray
-    best: np.ndarray
+    medoid: np.ndarray
     acceptance: float
     rhat: np.ndarray
     ess: np.ndarray
@@ -91,10 +94,9 @@ def sample_posterior(log_likelihood, centre, prior_std=PRIOR_STD, chains=8, burn
     # Chains start as draws from the prior: wider than the posterior, as R-hat asks for.
     rng = rng or np.random.default_rng()
     start = rng.standard_normal((chains, len(centre)))
-    draws, densities, acceptance = metropolis_hastings(
-        density, lambda z: -0.5 * (z ** 2).sum(axis=-1), start, burn_in, steps, rng)
-    best = draws[np.unravel_index(densities.argmax(), densities.shape)]
-    return Posterior(theta_of(draws), theta_of(best), acceptance, split_rhat(draws), effective_sample_size(draws))
+    draws, acceptance = metropolis_hastings(density, lambda z: -0.5 * (z ** 2).sum(axis=-1), start, burn_in, steps, rng)
+    return Posterior(theta_of(draws), theta_of(medoid(draws)), acceptance, split_rhat(draws),
+                     effective_sample_size(draws))
 
 
 def metropolis_hastings(log_likelihood, log_prior, start, burn_in, steps, rng):
@@ -109,13 +111,13 @@ def metropolis_hastings(log_likelihood, log_prior, start, burn_in, steps, rng):
     stationary distribution: the likelihood is raised to a power that grows from 0 to 1 over the first half (annealing,
     lest chains stay in the first mode they meet), and differences come from the second half of the draws so far.
 
-    Returns (draws (C, steps, P), their log densities (C, steps), acceptance rate after burn-in). Raises SamplerError when no chain has found a finite
+    Returns (draws (C, steps, P), acceptance rate after burn-in). Raises SamplerError when no chain has found a finite
     likelihood by the end of burn-in.
     """
     x = np.array(start, dtype=float)
     chains, dim = x.shape
     likelihood, prior = log_likelihood(x), log_prior(x)
-    draws, densities = np.empty((1 + burn_in + steps, chains, dim)), np.empty((1 + burn_in + steps, chains))
+    draws = np.empty((1 + burn_in + steps, chains, dim))
     draws[0] = x
     accepted = 0
     for t in range(1, 1 + burn_in + steps):
@@ -135,12 +137,19 @@ def metropolis_hastings(log_likelihood, log_prior, start, burn_in, steps, rng):
         accept = np.isneginf(likelihood) | (np.log(rng.random(chains)) < log_ratio)
         x = np.where(accept[:, None], proposal, x)
         likelihood, prior = np.where(accept, new_likelihood, likelihood), np.where(accept, new_prior, prior)
-        draws[t], densities[t] = x, likelihood + prior
+        draws[t] = x
         accepted += accept.sum() * (t > burn_in)
         if t == burn_in and np.isneginf(likelihood).all():
             raise SamplerError("Metropolis-Hastings found no parameters with a finite likelihood")
-    kept = slice(1 + burn_in, None)
-    return draws[kept].transpose(1, 0, 2), densities[kept].T, accepted / (steps * chains)
+    return draws[1 + burn_in:].transpose(1, 0, 2), accepted / (steps * chains)
+
+
+def medoid(draws, most=800):
+    """The draw with the least mean L1 distance to the others: draws (C, S, P) to (P,), thinned to `most` of them."""
+    flat = draws.reshape(-1, draws.shape[-1])
+    flat = flat[::-(-len(flat) // most)]
+    distances = np.abs(flat[:, None] - flat[None]).sum(axis=-1).mean(axis=1)
+    return flat[distances.argmin()]
 
 
 def split_rhat(draws):

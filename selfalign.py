@@ -117,7 +117,7 @@ def train(args, llm, run):
                     preferences += [(len(trajectories) + i, len(trajectories) + j) for i, j in pairs]
                     trajectories += T
                     posterior = align(reward, prior, trajectories, preferences, task.features, mh_rng)
-                    theta = dict(zip(theta, posterior.best.tolist()))
+                    theta = dict(zip(theta, posterior.medoid.tolist()))
                     say_posterior(posterior, before, theta)
                     run.record_theta(step, "posterior", theta, posterior)
                 else:

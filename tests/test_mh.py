@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mh import effective_sample_size, preference_loss, sample_posterior, split_rhat
+from mh import effective_sample_size, medoid, preference_loss, sample_posterior, split_rhat
 
 
 def normal_cdf(x):
@@ -45,6 +45,16 @@ def test_posterior_of_gaussian_likelihoods():
         assert x.std() == pytest.approx(math.sqrt(variance), rel=0.1)
     assert posterior.mixed
     assert posterior.samples.shape == (8, 6000, 2)
+    low, high = posterior.interval(0.9)
+    assert (low < posterior.medoid).all() and (posterior.medoid < high).all()
+
+
+def test_medoid_lies_where_draws_are_and_medians_need_not():
+    # Three modes on three axes: the medians of each parameter meet at the origin, where there is no draw.
+    rng = np.random.default_rng(0)
+    draws = np.repeat(np.eye(3), [320, 280, 200], axis=0) + 0.01 * rng.standard_normal((800, 3))
+    np.testing.assert_allclose(np.median(draws, axis=0), [0, 0, 0], atol=0.05)
+    np.testing.assert_allclose(medoid(draws.reshape(8, 100, 3)), [1, 0, 0], atol=0.05)
 
 
 def test_posterior_of_a_threshold():

@@ -130,7 +130,7 @@ def test_align_corrects_the_threshold_that_the_paper_corrects():
         tau[:, force] = np.where(np.arange(50) < 9 * i, rng.uniform(0.05, 0.15, 50), 0.0)
     pairs = [(i, j) for i in range(6) for j in range(i)]
     posterior = selfalign.align(reward, reward.params, taus, pairs, names, np.random.default_rng(0))
-    theta = dict(zip(reward.params, posterior.best))
+    theta = dict(zip(reward.params, posterior.medoid))
     assert theta["threshold"] < 0.15
     columns = selfalign.columns(taus, names)
     before = preference_loss(selfalign.returns_of(reward, reward.params, *columns), pairs)
@@ -213,7 +213,7 @@ def test_wrong_flags_get_one_clear_error(flags, words, small, capsys, tmp_path, 
 
 
 @pytest.mark.parametrize("module, use", [
-    ("mh", "p = sample_posterior(lambda t: -t[:, 0], [1.0], burn_in=50, steps=50); assert p.best.shape == (1,)"),
+    ("mh", "p = sample_posterior(lambda t: -t[:, 0], [1.0], burn_in=50, steps=50); assert p.medoid.shape == (1,)"),
     ("drqv2", "a = DrQV2((3,), (1,), hidden_dim=8); b = ReplayBuffer(9, (3,), (1,)); b.begin([0, 0, 0]); "
               "b.add([0], [0, 0, 0], 1.0, False, True); a.update(b.sample(4), 0)"),
     ("envs", "e = PandaEnv('touch'); e.reset(seed=0); e.step([0, 0, 0, 0]); e.close()"),
