@@ -215,7 +215,7 @@ class ReplayBuffer:
         self.features = np.zeros((capacity, n_features))
         self.reward = np.zeros(capacity)
         # Rows are counted without end and stored modulo `capacity`, so that `first` and `last` need no wrapping.
-        self.rows = 0
+        self.rows, self.episode_start = 0, None
         self.first = np.zeros(capacity, np.int64)         # the episode's first row
         self.last = np.zeros(capacity, np.int64)          # the row of its last observation
         self.terminal = np.zeros(capacity, bool)          # that row ended the episode for good: no bootstrapping
@@ -233,7 +233,9 @@ class ReplayBuffer:
         self._write(obs)
 
     def add(self, action, next_obs, reward, terminated, truncated, features=()):
-        """Appends one transition. Raises ValueError when one episode is longer than the whole buffer."""
+        """Appends one transition. Raises ValueError before `begin`, and for an episode longer than the buffer."""
+        if self.episode_start is None:
+            raise ValueError("call begin(obs) with the episode's first observation before add()")
         row = (self.rows - 1) % self.capacity
         self.action[row], self.reward[row], self.features[row] = action, reward, features
         self.acted[row] = True
@@ -249,7 +251,7 @@ class ReplayBuffer:
         row = self.rows % self.capacity
         self.obs[row] = obs[-self.channels:]
         self.first[row], self.terminal[row], self.acted[row] = self.episode_start, False, False
-        # What stood here was the oldest row; the rows right after it lose a frame of their stack.
+        # What stood here was the oldest row; the rows right after it may have lost a frame of their stack.
         self.startable[(row + np.arange(self.frame_stack)) % self.capacity] = False
         self.rows += 1
 

@@ -69,8 +69,8 @@ Task = namedtuple("Task", "goal features marks")
 TASKS = {
     "touch": Task(
         "Touch the block and keep contact with it for 10 consecutive control steps (0.5 s), gently: the contact "
-        "force must never exceed 2 N and the block must not be pushed further than 0.05 m from where it started. "
-        "The gripper stays closed.",
+        "force must never exceed 2 N and the block must not be pushed further than 0.05 m from where it started, until "
+        "that is done. The gripper stays closed.",
         ("hand_to_block", "hand_height", "hand_speed", "contact_force", "block_displacement", "block_speed"),
         (("contact_force", ">", CONTACT_FORCE),)),
     "grasp": Task(

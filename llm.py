@@ -15,6 +15,7 @@ import random
 import re
 import string
 import textwrap
+import threading
 import time
 from collections import namedtuple
 from email.utils import parsedate_to_datetime
@@ -49,8 +50,12 @@ class UnusableReply(ValueError):
 
 
 def prompt(name, **values):
-    """The text of prompts/NAME.txt with each $placeholder replaced."""
-    return string.Template((PROMPTS / f"{name}.txt").read_text()).substitute(values)
+    """The text of prompts/NAME.txt with each $placeholder that has a value replaced; any other $ stays."""
+    try:
+        text = (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LLMError(f"the prompt {PROMPTS / name}.txt cannot be read: {error}") from None
+    return string.Template(text).safe_substitute(values)
 
 
 class LLM:
@@ -88,25 +93,22 @@ class LLM:
         raise LLMError(f"no usable answer to the question '{kind}' in {ATTEMPTS} attempts, the last because: {reason}")
 
     def _exchange(self, kind, messages):
-        exchange, started = {"kind": kind, "prompt": messages[-1]["content"]}, time.monotonic()
+        started, fault = time.monotonic(), None
         try:
             reply = self.backend(messages)
-            exchange |= {"reply": reply.text, "prompt_tokens": reply.prompt_tokens,
-                         "completion_tokens": reply.completion_tokens}
+            outcome = {"reply": reply.text, "prompt_tokens": reply.prompt_tokens,
+                       "completion_tokens": reply.completion_tokens}
             self.prompt_tokens += reply.prompt_tokens
             self.completion_tokens += reply.completion_tokens
-            return reply.text
-        except UnusableReply as error:
-            exchange["unusable"] = str(error)
-            raise
-        except LLMError as error:
-            exchange["error"] = str(error)
-            raise
-        finally:
-            exchange["seconds"] = round(time.monotonic() - started, 3)
-            self.exchanges += 1
-            self.seconds += exchange["seconds"]
-            self.record(exchange)
+        except (UnusableReply, LLMError) as error:
+            outcome, fault = {"unusable" if isinstance(error, UnusableReply) else "error": str(error)}, error
+        seconds = round(time.monotonic() - started, 3)
+        self.exchanges += 1
+        self.seconds += seconds
+        self.record({"kind": kind, "prompt": messages[-1]["content"], **outcome, "seconds": seconds})
+        if fault:
+            raise fault
+        return reply.text
 
 
 class Chat:
@@ -123,6 +125,7 @@ class Chat:
         self.url = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").strip().rstrip("/") + "/chat/completions"
         if not self.url.startswith(("http://", "https://")):
             raise LLMError("OPENAI_BASE_URL must start with http:// or https://, for example http://localhost:11434/v1")
+        self.shown_url = re.sub(r"//[^/]*@", "//", self.url)       # without a password that the address may hold
         if not self.key.isascii() or not self.key.isprintable():
             raise LLMError("OPENAI_API_KEY holds characters that no key has: set it again")
 
@@ -130,46 +133,65 @@ class Chat:
         for retry in range(RETRIES + 1):
             try:
                 status, headers, body = self._post({"model": self.model, "messages": messages})
-            except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
-                raise LLMError(self._clean(f"OPENAI_BASE_URL is not an address: {error}")) from None
+            except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema):
+                raise LLMError("OPENAI_BASE_URL is not an address; one reads http://localhost:11434/v1") from None
             except requests.RequestException as error:
                 fault, wait = next(words for kind, words in FAULTS if isinstance(error, kind)), None
+                if "timed out" in str(error).lower():          # in mid-body, requests calls it a ConnectionError
+                    fault = "no complete answer in time"
             else:
                 if status == 200:
                     return self._read(body)
-                fault, wait = f"HTTP {status}: {_error_message(body)}", _retry_after(headers.get("Retry-After"))
+                message = _error_message(self._clean(body.decode(errors="replace")))
+                fault, wait = f"HTTP {status}: {message}", _retry_after(headers.get("Retry-After"))
                 cure = {400: "check --model and that the server speaks the chat completions API",
                         401: "set OPENAI_API_KEY to a valid key", 403: "set OPENAI_API_KEY to a key with access to --model",
                         404: "check --model and that OPENAI_BASE_URL ends where /chat/completions follows (often in /v1)"}
                 if status in cure:
-                    raise LLMError(self._clean(f"the LLM service refused: {fault}; {cure[status]}"))
+                    raise LLMError(f"the LLM service refused: {fault}; {cure[status]}")
                 if status not in (408, 409, 425, 429) and status < 500:
-                    raise LLMError(self._clean(f"the LLM service answered {fault}; check OPENAI_BASE_URL"))
+                    raise LLMError(f"the LLM service answered {fault}; check OPENAI_BASE_URL")
             if wait is not None and wait > MAX_WAIT:
                 break
             if retry < RETRIES:                  # back-off with full jitter, unless the server names the time
                 time.sleep(wait if wait is not None else random.uniform(0.5, 1.0) * 2 ** retry)
         waits = f", which asks to wait {wait:.0f} s" if wait is not None and wait > MAX_WAIT else ""
-        raise LLMError(self._clean(f"the LLM service failed {retry + 1} times, the last with {fault}{waits}; check that "
-                                   f"{self.url} can be reached, or go on later"))
+        raise LLMError(f"the LLM service failed {retry + 1} times, the last with {fault}{waits}; check that "
+                       f"{self.shown_url} can be reached, or go on later")
 
     def _post(self, payload):
-        """(status, headers, body) of one request, bounded in time and size; raises requests' exceptions."""
+        """(status, headers, body) of one request, bounded in time; raises what `_request` raises."""
+        outcome = []
+
+        def request():
+            try:
+                outcome.append(self._request(payload))
+            except Exception as error:
+                outcome.append(error)
+
+        # requests' time-outs start afresh with each byte; only from outside can a reply be ended that trickles.
+        thread = threading.Thread(target=request, daemon=True)
+        thread.start()
+        thread.join(TOTAL_TIMEOUT)
+        if not outcome:
+            raise requests.exceptions.ReadTimeout()
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+    def _request(self, payload):
         def authorise(request):          # as `auth`, so that a .netrc file cannot put another key in its place
             if self.key:
                 request.headers["Authorization"] = f"Bearer {self.key}"
             return request
 
-        deadline, body = time.monotonic() + TOTAL_TIMEOUT, bytearray()
+        body = bytearray()
         with requests.post(self.url, json=payload, auth=authorise, stream=True, allow_redirects=False,
                            timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
-            size = response.headers.get("Content-Length", "0")
-            for chunk in response.iter_content(chunk_size=1):   # larger chunks would wait for a trickle to fill them
+            for chunk in response.iter_content(chunk_size=65536):
                 body += chunk
-                if len(body) > MAX_BYTES or size.isdigit() and int(size) > MAX_BYTES:
+                if len(body) > MAX_BYTES:
                     raise LLMError(f"the LLM service sent a reply larger than {MAX_BYTES:,} bytes; check OPENAI_BASE_URL")
-                if time.monotonic() > deadline:
-                    raise requests.exceptions.ReadTimeout(f"the reply was not complete after {TOTAL_TIMEOUT} s")
             return response.status_code, response.headers, bytes(body)
 
     def _read(self, body):
@@ -179,15 +201,15 @@ class Chat:
             choice = answer["choices"][0]
             text = choice["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise UnusableReply(self._clean("the service sent no chat completion but: "
-                                            f"{body[:200].decode(errors='replace')!r}")) from None
+            shown = self._clean(body[:2000].decode(errors="replace"))[:200]
+            raise UnusableReply(f"the service sent no chat completion but: {shown!r}") from None
         if choice.get("finish_reason") == "length":
             raise UnusableReply("the answer was cut off because it was too long: be briefer")
         if choice.get("finish_reason") == "content_filter":
             raise UnusableReply("the answer was withheld by the service's content filter: word it differently")
         if isinstance(text, list):       # some servers send parts
-            text = "".join(part.get("text", "") for part in text if isinstance(part, dict))
-        text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip() if isinstance(text, str) else ""
+            text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
+        text = text.rpartition("</think>")[2].strip() if isinstance(text, str) else ""     # after a model's thoughts
         if not text:
             raise UnusableReply("the answer was empty")
         usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
@@ -195,12 +217,12 @@ class Chat:
         return Reply(self._clean(text), *(n if isinstance(n, int) else 0 for n in tokens))
 
     def _clean(self, text):
-        return text.replace(self.key, "[key]") if self.key else text
+        # A local server's placeholder, such as "x" or "ollama", is no secret, and part of ordinary text.
+        return text.replace(self.key, "[key]") if len(self.key) >= 12 else text
 
 
-def _error_message(body):
+def _error_message(text):
     """What an error reply says, in one short line."""
-    text = body.decode(errors="replace")
     try:
         error = json.loads(text)["error"]
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
@@ -246,7 +268,7 @@ class Replay:
 
     def __init__(self, path):
         try:
-            self.records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+            self.records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
             self.records = [{"prompt": record["prompt"], **record} for record in self.records]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise LLMError(f"{path} is not a transcript that can be replayed: {error}") from None
@@ -385,7 +407,8 @@ def read_analysis(text, params):
             raise UnusableReply(f"the new value of {name} must be a number below 1e9, not {value!r:.40}")
         if params[name] > 0 and value <= 0:
             raise UnusableReply(f"{name} is a positive parameter: its new value cannot be {value:g}")
-    return " ".join(str(found.get("blocked_by", "")).split()), {name: float(v) for name, v in changes.items()}
+    blocked_by = "".join(c if c.isprintable() else " " for c in str(found.get("blocked_by", "")))
+    return " ".join(blocked_by.split()), {name: float(value) for name, value in changes.items()}
 
 
 class Offline:
@@ -409,7 +432,7 @@ class Offline:
             return Reply(self._analyse(task[1], text))
         if "RANKING:" in text:
             return Reply(self._rank(task[1], text))
-        return Reply((PROMPTS / "offline" / f"{task[1]}.txt").read_text())
+        return Reply(prompt(f"offline/{task[1]}"))
 
     def _attempts(self, text):
         """{number: (features, runs)}: each feature's (first, lowest, highest, last) and each mark's longest run."""

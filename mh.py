@@ -114,6 +114,8 @@ def metropolis_hastings(log_likelihood, log_prior, start, burn_in, steps, rng):
     Returns (draws (C, steps, P), acceptance rate after burn-in). Raises SamplerError when no chain has found a finite
     likelihood by the end of burn-in.
     """
+    if burn_in < 2 or steps < 4:
+        raise ValueError(f"burn_in must be 2 or more and steps 4 or more, not {burn_in} and {steps}")
     x = np.array(start, dtype=float)
     chains, dim = x.shape
     likelihood, prior = log_likelihood(x), log_prior(x)
@@ -129,12 +131,12 @@ def metropolis_hastings(log_likelihood, log_prior, start, burn_in, steps, rng):
         single = axis * 10 ** rng.uniform(-1.5, 0.3, (chains, 1)) * rng.standard_normal((chains, 1))
         proposal = x + np.where(rng.random((chains, 1)) < 0.5, along, single)
         new_likelihood, new_prior = log_likelihood(proposal), log_prior(proposal)
-        # All proposals are symmetric, so the Hastings ratio is that of the densities. A chain that starts where
-        # the likelihood is zero moves on whatever comes.
+        # All proposals are symmetric, so the Hastings ratio is that of the densities. Where the likelihood is zero
+        # before and after, the prior alone decides, which keeps a lost chain from drifting away.
         power = min(1.0, 2 * t / burn_in) if t <= burn_in else 1.0
-        with np.errstate(invalid="ignore"):
-            log_ratio = power * (new_likelihood - likelihood) + new_prior - prior
-        accept = np.isneginf(likelihood) | (np.log(rng.random(chains)) < log_ratio)
+        lost = np.isneginf(likelihood) & np.isneginf(new_likelihood)
+        gain = np.subtract(new_likelihood, likelihood, out=np.zeros(chains), where=~lost)
+        accept = np.log(rng.random(chains)) < power * gain + new_prior - prior
         x = np.where(accept[:, None], proposal, x)
         likelihood, prior = np.where(accept, new_likelihood, likelihood), np.where(accept, new_prior, prior)
         draws[t] = x

@@ -46,7 +46,7 @@ HINTS = {
     ast.While: "no loops: the features are arrays already",
 }
 THERE_ARE = "there are " + ", ".join(f"np.{name}" for name in FUNCTIONS)
-MAX_CHARS, MAX_NODES, MAX_PARAMS = 8000, 1500, 12
+MAX_CHARS, MAX_NODES, MAX_PARAMS = 8000, 700, 12
 
 
 class RewardError(ValueError):
@@ -58,7 +58,7 @@ def _fail(node, reason):
 
 
 class Reward:
-    """A compiled reward: `source`, `name`, `features` (the names it reads) and `params` (name to initial value).
+    """A compiled reward: `source`, `name`, `features` (the names it reads) and `params` (name to initial value, all positive).
 
     Raises RewardError for source outside the language.
     """
@@ -70,9 +70,12 @@ class Reward:
         self.name = function.name
         self.features, self.params = _signature(function, list(features))
         self.term_names = _body(function, {*self.features, *self.params})
-        tree = ast.Module([_FloatConstants().visit(function)], type_ignores=[])
+        tree = ast.Module([_Floats().visit(function)], type_ignores=[])
         namespace = {"np": SimpleNamespace(**{name: getattr(np, name) for name in FUNCTIONS}), "__builtins__": {}}
-        exec(compile(ast.fix_missing_locations(tree), "<reward>", "exec"), namespace)
+        try:
+            exec(compile(ast.fix_missing_locations(tree), "<reward>", "exec"), namespace)
+        except (SyntaxError, ValueError, RecursionError) as error:     # what only the compiler sees, as a repeated argument
+            raise RewardError(f"the source cannot be compiled: {error}") from None
         self._function = namespace[self.name]
 
     def terms(self, features, params=None):
@@ -139,6 +142,8 @@ def _parse(source):
 
 def _check_nodes(function):
     """Every node is on the whitelist; there are not too many; nothing hangs on the function itself."""
+    if _reserved(function.name):
+        _fail(function, f"{function.name:.40} is reserved: give the function another name")
     if function.decorator_list or function.returns or getattr(function, "type_params", None):
         _fail(function, "decorators, annotations and type parameters are not allowed")
     nodes = [(function, 0)]
@@ -165,6 +170,10 @@ def _check_nodes(function):
         nodes += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
 
 
+def _reserved(name):
+    return name == "np" or name.startswith("__")
+
+
 def _defaults(args):
     """(argument, default) of each argument that has one."""
     positional = args.posonlyargs + args.args
@@ -181,21 +190,22 @@ def _signature(function, offered):
         _fail(function, "the / marker is not allowed: arguments are passed by name")
     params = {}
     for arg, default in _defaults(args):
-        value = default.operand if isinstance(default, ast.UnaryOp) and isinstance(default.op, ast.USub) else default
-        if not isinstance(value, ast.Constant) or type(value.value) not in (int, float):
-            _fail(default, f"the default of parameter {arg.arg} must be a plain number")
-        params[arg.arg] = _number(value) * (-1.0 if value is not default else 1.0)
+        if not isinstance(default, ast.Constant) or type(default.value) not in (int, float) or default.value <= 0:
+            _fail(default, f"the default of parameter {arg.arg:.40} must be a plain positive number; put signs into the code")
+        params[arg.arg] = _number(default)
         if arg.arg in offered:
             _fail(arg, f"{arg.arg} is a feature: it cannot have a default value")
     features = [arg.arg for arg in args.args + args.kwonlyargs if arg.arg not in params]
     for arg in args.args + args.kwonlyargs:
-        if arg.arg == "np" or arg.arg.startswith("__"):
+        if _reserved(arg.arg):
             _fail(arg, f"{arg.arg} is reserved: give the argument another name")
         if arg.arg in features and arg.arg not in offered:
             _fail(arg, f"{arg.arg} is not a feature of this task (they are: {', '.join(offered)}); a parameter needs "
                   "a default value")
     if not params:
         _fail(function, "there are no parameters: give each tunable number a name and a default in the signature")
+    if not features:
+        _fail(function, f"there are no features among the arguments: name some of {', '.join(offered)}")
     if len(params) > MAX_PARAMS:
         _fail(function, f"{len(params)} parameters are more than the {MAX_PARAMS} allowed")
     return features, params
@@ -226,7 +236,7 @@ def _body(function, arguments):
         target = statement.targets[0]
         if len(statement.targets) > 1 or not isinstance(target, ast.Name):
             _fail(statement, "assign to one plain name at a time")
-        if target.id in arguments or target.id == "np" or target.id.startswith("__"):
+        if target.id in arguments or _reserved(target.id):
             _fail(statement, f"{target.id} already has a meaning: assign to another name")
         _check_expression(statement.value, known)
         known.add(target.id)
@@ -269,8 +279,15 @@ def _number(constant):
     return value
 
 
-class _FloatConstants(ast.NodeTransformer):
-    """Numbers become floats, so that no power of integers can grow without bound."""
+class _Floats(ast.NodeTransformer):
+    """Numbers become floats, and so does what is raised to a power: no power of integers can grow without bound, and
+    none of truth values can fail for some values and not for others."""
+
+    def visit_BinOp(self, node):
+        node = self.generic_visit(node)
+        if isinstance(node.op, ast.Pow):
+            node.left, node.right = (ast.BinOp(side, ast.Mult(), ast.Constant(1.0)) for side in (node.left, node.right))
+        return node
 
     def visit_Constant(self, node):
         return ast.Constant(float(node.value)) if type(node.value) in (int, float) else node

@@ -98,20 +98,19 @@ def train(args, llm, run):
         if step % UPDATE_EVERY == 0 and args.reward == "selfalign" and previous_success < 1.0 and step < args.steps:
             # T ← K trajectories of the replay buffer's last period, spread over the range of R_θ; of its second half,
             # which shows what the policy has come to do
-            period, period_start = buffer.episodes(since=period_start), buffer.rows
+            period, period_start = buffer.episodes(since=period_start), buffer.episode_start
             period = period[len(period) // 2:]
             features, starts = columns(period, task.features)
             returns = returns_of(reward, theta, features, starts)
             chosen = rng.permutation(np.argsort(returns)[np.linspace(0, len(period) - 1, RANKED).round().astype(int)])
-            T, R = [period[i] for i in chosen], returns[chosen]
-            # ask the LLM to rank T from their text descriptions; rank T by R_θ
+            T, R, before = [period[i] for i in chosen], returns[chosen], theta
             try:
+                # ask the LLM to rank T from their text descriptions; rank T by R_θ
                 groups = rank_attempts(llm, args.task, T)
                 pairs = [(i, j) for rank, better in enumerate(groups) for worse in groups[rank + 1:]
                          for i in better for j in worse]
-                wrong = [(i, j) for i, j in pairs if R[i] <= R[j]]
+                wrong = [(i, j) for i, j in pairs if not R[i] > R[j]]
                 say_rankings(groups, R, wrong, pairs)
-                before = theta
                 if wrong:
                     # they disagree: D ← D ∪ pairs; θ ← posterior of p(θ | D) by Metropolis-Hastings
                     preferences += [(len(trajectories) + i, len(trajectories) + j) for i, j in pairs]
@@ -120,20 +119,21 @@ def train(args, llm, run):
                     theta = dict(zip(theta, posterior.medoid.tolist()))
                     say_posterior(posterior, before, theta)
                     run.record_theta(step, "posterior", theta, posterior)
-                else:
+                elif pairs:
                     # they agree, it fails: ask the LLM what blocks the skill and which parameters to change
                     blocked_by, changes = analyse_failure(llm, args.task, reward, theta, T, R, previous_success)
-                    theta = {**theta, **changes}
-                    prior = {**prior, **changes}
+                    theta, prior = {**theta, **changes}, {**prior, **changes}
                     say_analysis(blocked_by, before, changes)
                     run.record_theta(step, "analysis", theta)
-                # relabel the whole replay buffer with the new R_θ, in the size of rewards that the critic is used to:
-                # a ranking fixes how the terms compare, and their common scale hardly at all
-                scale *= (reward.total(features, theta).std() or 1.0) / (reward.total(features, before).std() or 1.0)
-                buffer.relabel(r_theta)
-                run.save_reward(reward, theta)
             except (LLMError, SamplerError) as error:
                 print(f"\n  No new θ; training goes on with the one it has.\n  {error}\n", flush=True)
+            # relabel the whole replay buffer with the new R_θ, in the size of rewards that the critic is used to:
+            # a ranking fixes how the terms compare, and their common scale hardly at all
+            old, new = (np.ma.masked_invalid(reward.total(features, t)).std() for t in (before, theta))
+            if old > 0 and new > 0:
+                scale *= float(new / old)
+            buffer.relabel(r_theta)
+            run.save_reward(reward, theta)
     return None
 
 
@@ -179,7 +179,9 @@ def align(reward, prior, trajectories, preferences, names, rng):
 
     def log_likelihood(theta):
         params = {name: theta[:, i:i + 1] for i, name in enumerate(prior)}
-        return -preference_loss(returns_of(reward, params, features, starts), preferences)
+        returns = returns_of(reward, params, features, starts)
+        # An infinite return would seem to explain every preference for its trajectory.
+        return np.where(np.isfinite(returns).all(axis=-1), -preference_loss(returns, preferences), -np.inf)
 
     return sample_posterior(log_likelihood, list(prior.values()), rng=rng)
 
@@ -321,7 +323,8 @@ def say_reward(reward):
 
 def say_progress(step, steps, success, return_, started):
     speed = step / (time.monotonic() - started)
-    left = time.strftime("%H:%M:%S", time.gmtime((steps - step) / speed))
+    seconds = int((steps - step) / speed)
+    left = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
     bar = "█" * round(success * 20)
     print(f"{step:>8,} steps | success {success:>4.0%} {bar:·<20} | return {return_:>8.2f} | {speed:4.0f} steps/s | "
           f"at most {left} left", flush=True)
@@ -393,7 +396,7 @@ def choose_backend(args):
         kind = "chat" if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL") else "offline"
     if kind == "chat":
         backend = Chat(args.model)
-        return backend, f"{backend.model} at {backend.url}"
+        return backend, f"{backend.model} at {backend.shown_url}"
     if kind == "offline":
         why = "" if args.llm == "offline" else " (OPENAI_API_KEY and OPENAI_BASE_URL are not set)"
         return Offline(), f"offline stand-in{why}: scripted answers, NOT a language model"
@@ -432,6 +435,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    sys.stdout.reconfigure(errors="replace")      # θ and █ on a terminal that knows neither
     if args.play:
         return play(args.play, args.frames, args.episodes)
     if args.obs == "state":

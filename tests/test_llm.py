@@ -292,10 +292,13 @@ def test_descriptions_hold_extremes_runs_and_units():
     assert longest_run([False]) == (0, -1) and longest_run([True, True, False, True]) == (2, 1)
 
 
-def test_prompts_have_no_blanks_left():
-    with pytest.raises(KeyError):
-        prompt("repair")
+def test_prompts_can_be_edited(tmp_path, monkeypatch):
     assert "$" not in prompt("repair", error="x")
+    monkeypatch.setattr(llm, "PROMPTS", tmp_path)
+    (tmp_path / "repair.txt").write_text("It costs $5: $error ü", encoding="utf-8")
+    assert prompt("repair", error="a $b") == "It costs $5: a $b ü"
+    with pytest.raises(LLMError, match="nothing.txt cannot be read"):
+        prompt("nothing")
 
 
 def test_replay_gives_the_same_answers_and_says_where_it_departs(tmp_path):

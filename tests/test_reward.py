@@ -49,6 +49,11 @@ def test_scores_steps_buffers_and_chains_alike():
         np.testing.assert_allclose(row, [by_hand(d, f, theta) for d, f in zip(distance, force)], rtol=1e-12)
 
 
+def test_powers_of_conditions_are_numbers_whatever_the_values():
+    reward = Reward("def r(force, w=1.0):\n    d = (force > 5) ** (force > -1)\n    return {'a': w * d ** (-d)}", FEATURES)
+    assert reward.total({"force": np.array([0.0, 6.0])}) == pytest.approx([1.0, 1.0])
+
+
 def test_terms_have_the_full_shape_even_when_constant():
     reward = Reward('def r(distance, w=2.0):\n    return {"alive": w, "one": 1}', FEATURES)
     terms = reward.terms({"distance": np.zeros(7)}, {"w": np.array([[1.0], [3.0]])})
@@ -99,7 +104,8 @@ def test_common_slips_get_a_line_and_a_way_out(expression, hint):
 
 @pytest.mark.parametrize("signature, hint", [
     ("distance, w=1.0, *args", "args"), ("speed, w=1.0", "speed is not a feature"), ("distance", "no parameters"),
-    ("distance, w='1'", "plain number"), ("distance=1.0, w=1.0", "distance is a feature"),
+    ("distance, w='1'", "plain positive number"), ("distance, w=-1.0", "plain positive number"), ("distance, w=0", "positive"),
+    ("w=1.0", "no features"), ("distance, distance, w=1.0", "duplicate argument"), ("distance=1.0, w=1.0", "distance is a feature"),
     ("distance, np=1.0", "reserved"), ("distance, __w=1.0", "reserved"), ("distance, w=1e999", "too large")])
 def test_signatures_are_checked(signature, hint):
     with pytest.raises(RewardError, match=hint):
@@ -155,6 +161,9 @@ HOSTILE += [
     "def reward(force, w=1.0):\n    return {'a': np.\uff45xp(\uff46orce) * \u017f}", "\ud800", "# \u202e\n" + wrap("f\u200dorce"),
     "# " + "x" * 2_000_000, "def reward(" + ", ".join(f"w{i}=1.0" for i in range(500)) + "):\n    return {'a': w1}",
     "def reward(force, w=1.0):\n" + "".join(f"    x{i} = force\n" for i in range(2000)) + "    return {'a': w}",
+    "def reward(force, w=1.0, w=2.0):\n    return {'a': force}", "def __debug__(force, w=1.0):\n    return {'a': force}",
+    "def np(force, w=1.0):\n    return {'a': np.exp(force)}", "def __builtins__(force, w=1.0):\n    return {'a': force}",
+    "def reward(force, w=1.0):\n    x = force\n" + "".join("    x = x ** w\n" for _ in range(300)) + "    return {'a': x}",
     "match force:\n    case _: pass", "type X = int\n" + wrap("force"), "def reward[T](force, w=1.0):\n    return {'a': force}"]
 
 
