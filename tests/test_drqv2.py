@@ -76,7 +76,7 @@ def test_open_episode_is_not_sampled_and_overwrites_safely():
 
 
 def test_frames_are_stored_once_and_stacked_from_the_episode_start():
-    buffer = ReplayBuffer(64, (9, 4, 4), (1,), obs_dtype=np.uint8, frame_stack=3, nstep=1)
+    buffer = ReplayBuffer(64, (9, 4, 4), (1,), obs_dtype=np.uint8, frame_stack=3)
     stacks = {}
     for episode in range(9):                                        # more than the ring holds
         frames = [np.full((3, 4, 4), 20 * episode)] * 3
@@ -88,9 +88,14 @@ def test_frames_are_stored_once_and_stacked_from_the_episode_start():
             buffer.add([0.0], np.concatenate(frames), 0.0, False, t == 10)
     assert buffer.obs.shape == (64, 3, 4, 4)
     obs, _, _, _, next_obs = buffer.sample(2000)
+    seen = set()
     for o, n in zip(obs, next_obs):
-        np.testing.assert_array_equal(o, stacks[int(o[-1, 0, 0])])
-        np.testing.assert_array_equal(n, stacks[int(o[-1, 0, 0]) + 1])
+        newest = int(o[-1, 0, 0])
+        seen.add(newest)
+        np.testing.assert_array_equal(o, stacks[newest])
+        np.testing.assert_array_equal(n, stacks[min(newest + 3, newest // 20 * 20 + 10)])
+    # The ring holds the last 64 of 99 rows: from step 2 of episode 3, whose own stack lacks a frame, as does step 3's.
+    assert seen == {20 * 3 + t for t in range(4, 10)} | {20 * e + t for e in range(4, 9) for t in range(10)}
 
 
 def test_relabel_changes_every_reward_and_nothing_else():
@@ -180,6 +185,27 @@ def test_encoder_learns_from_the_critic_only(monkeypatch):
     for gradient, expected in zip(got, torch.autograd.grad(loss, list(agent.encoder.parameters()))):
         assert expected.abs().sum() > 0
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_updates_shift_both_observations_clip_noise_and_take_the_smaller_q(monkeypatch):
+    torch.manual_seed(0)
+    shifted, noises, taken = [], [], []
+    monkeypatch.setattr("drqv2.random_shift", lambda images: shifted.append(images) or images)
+    real = truncated_normal
+    monkeypatch.setattr("drqv2.truncated_normal", lambda mean, std, clip=None: noises.append((std, clip)) or real(mean, std, clip))
+    real_min = torch.min
+    monkeypatch.setattr(torch, "min", lambda *args: taken.append(args) or real_min(*args))
+    agent = DrQV2((9, 84, 84), (1,), hidden_dim=8, std=(1.0, 0.5, 100))
+    obs = np.zeros((2, 9, 84, 84), np.uint8)
+    agent.update((obs, np.zeros((2, 1)), np.zeros(2), np.ones(2), obs + 1), 50)
+    assert len(shifted) == 2 and shifted[1].max() == 1               # obs and next_obs
+    assert noises == [(0.75, 0.3), (0.75, 0.3)]                      # target's action and actor's
+    assert len(taken) == 2 and all(len(pair) == 2 for pair in taken)
+    noises.clear()
+    agent.act(obs[0], 50)
+    assert noises == [(0.75, None)]                                  # exploration is not clipped
+    with pytest.raises(ValueError, match="begin"):
+        ReplayBuffer(9, (1,), (1,)).add([0], [0], 0.0, False, False)
 
 
 def test_targets_follow_slowly_and_states_round_trip():

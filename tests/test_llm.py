@@ -97,10 +97,10 @@ def ask(monkeypatch):
                         threading.main_thread() else real_sleep(s))
     monkeypatch.setattr(llm, "READ_TIMEOUT", 0.3)
     monkeypatch.setattr(llm, "TOTAL_TIMEOUT", 0.8)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
-    def run(*answers, parse=lambda text: text, url=None):
+    def run(*answers, parse=lambda text: text, url=None, key=KEY):
         server, exchanges = Server(*answers), []
+        monkeypatch.setenv("OPENAI_API_KEY", key)
         monkeypatch.setenv("OPENAI_BASE_URL", url or server.url)
         asked = LLM(Chat("some-model"), exchanges.append)
         try:
@@ -202,9 +202,24 @@ def test_the_key_is_cleaned_from_answers(ask):
     assert result == "your key is [key]"
 
 
+def test_a_placeholder_for_a_key_is_no_secret(ask, monkeypatch):
+    result, server, *_ = ask(completion("RANKING: 1 > 2, ollama"), key="ollama")
+    assert result == "RANKING: 1 > 2, ollama" and "Bearer ollama" in server.requests[0][0]
+
+
+def test_headers_that_trickle_end_too(ask):
+    def trickle_headers(connection):
+        connection.sendall(b"HTTP/1.1 200 OK\r\n")
+        for i in range(100):
+            connection.sendall(b"X-%d: y\r\n" % i)
+            time.sleep(0.05)
+    result, server, waits, _ = ask(trickle_headers, completion("fine"))
+    assert result == "fine" and len(waits) == 1
+
+
 def test_thoughts_and_parts_are_understood(ask):
     assert ask(completion("<think>2 > 1?</think>\nRANKING: 1 > 2"))[0] == "RANKING: 1 > 2"
-    assert ask(completion([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]))[0] == "ab"
+    assert ask(completion([{"type": "text", "text": "a"}, {"type": "x", "text": None}, {"type": "text", "text": "b"}]))[0] == "ab"
 
 
 def test_missing_settings_are_named(monkeypatch):
@@ -265,6 +280,7 @@ def test_analysis_takes_the_last_json_object():
     text = 'Like {"params": {}} but:\n```json\n{"blocked_by": "too\\n little", "params": {"push_weight": 6}}\n```\nbye {'
     assert read_analysis(text, THETA) == ("too little", {"push_weight": 6.0})
     assert read_analysis('{"params": {"bias": -3.5}}', THETA) == ("", {"bias": -3.5})
+    assert read_analysis('{"blocked_by": "\\ud83d \\u001b[31mred", "params": {"bias": -1}}', THETA)[0] == "[31mred"
 
 
 @pytest.mark.parametrize("params, reason", [
@@ -320,6 +336,15 @@ def test_replay_gives_the_same_answers_and_says_where_it_departs(tmp_path):
     path.write_text("not json")
     with pytest.raises(LLMError, match="not a transcript"):
         Replay(path)
+
+
+def test_an_interrupted_question_is_not_in_the_transcript():
+    def interrupted(messages):
+        raise KeyboardInterrupt
+    exchanges = []
+    with pytest.raises(KeyboardInterrupt):
+        LLM(interrupted, exchanges.append).ask("rank", "q", str)
+    assert not exchanges
 
 
 def test_replay_repeats_failures_too(tmp_path):

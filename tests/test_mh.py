@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mh import effective_sample_size, medoid, preference_loss, sample_posterior, split_rhat
+from mh import effective_sample_size, medoid, metropolis_hastings, preference_loss, sample_posterior, split_rhat
 
 
 def normal_cdf(x):
@@ -123,6 +123,26 @@ def test_impossible_regions_are_avoided_and_impossible_likelihoods_refused():
         sample_posterior(lambda theta: np.full(len(theta), np.nan), [1.0], burn_in=20, steps=20)
 
 
+def test_narrow_support_is_found_and_kept():
+    # The prior covers the support with 0.4 %: chains that start outside must neither drift away nor be kept there.
+    def log_likelihood(theta):
+        return np.where((theta[:, 0] > 2) & (theta[:, 0] < 2.04), 0.0, -np.inf)
+
+    posterior = sample_posterior(log_likelihood, [1.0], rng=np.random.default_rng(0), burn_in=2000, steps=2000)
+    assert posterior.samples.min() > 2 and posterior.samples.max() < 2.04
+
+
+def test_what_is_kept_comes_from_one_fixed_kernel():
+    # With a flat likelihood the prior is the target; the acceptance rate is that of the kept part alone.
+    draws, acceptance = metropolis_hastings(lambda z: np.zeros(len(z)), lambda z: -0.5 * (z ** 2).sum(axis=-1),
+                                            np.zeros((8, 2)), 500, 3000, np.random.default_rng(0))
+    moved = (np.diff(draws, axis=1) != 0).any(axis=-1)
+    assert acceptance == pytest.approx(moved.mean(), abs=0.001)
+    assert draws.std() == pytest.approx(1, abs=0.05)
+    with pytest.raises(ValueError, match="burn_in"):
+        sample_posterior(lambda theta: theta[:, 0], [1.0], burn_in=0)
+
+
 def test_diagnostics_tell_mixed_from_stuck():
     rng = np.random.default_rng(0)
     independent = rng.standard_normal((8, 2000, 1))
@@ -131,6 +151,9 @@ def test_diagnostics_tell_mixed_from_stuck():
     stuck = independent * 0.1 + np.arange(8)[:, None, None]
     assert split_rhat(stuck) > 5
     assert effective_sample_size(stuck) < 20
+    drifting = independent + np.linspace(-2, 2, 2000)[None, :, None]   # the same in every chain: only the split shows it
+    within = 1 + 4 / 12                                               # of a half: noise and a ramp of length 2
+    assert split_rhat(drifting) == pytest.approx(np.sqrt((within + 1) / within), rel=0.05)
     constant = np.zeros((4, 100, 1))
     assert effective_sample_size(constant) == 0
 
