@@ -122,7 +122,8 @@ class Chat:
         if not model:
             raise LLMError("no model is named: add --model NAME (with Ollama, one that `ollama list` shows)")
         self.model, self.key = model, os.environ.get("OPENAI_API_KEY", "").strip()
-        self.url = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").strip().rstrip("/") + "/chat/completions"
+        base = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
+        self.url = base.rstrip("/") + "/chat/completions"
         if not self.url.startswith(("http://", "https://")):
             raise LLMError("OPENAI_BASE_URL must start with http:// or https://, for example http://localhost:11434/v1")
         self.shown_url = re.sub(r"//[^/]*@", "//", self.url)       # without a password that the address may hold
@@ -145,8 +146,9 @@ class Chat:
                 message = _error_message(self._clean(body.decode(errors="replace")))
                 fault, wait = f"HTTP {status}: {message}", _retry_after(headers.get("Retry-After"))
                 cure = {400: "check --model and that the server speaks the chat completions API",
-                        401: "set OPENAI_API_KEY to a valid key", 403: "set OPENAI_API_KEY to a key with access to --model",
-                        404: "check --model and that OPENAI_BASE_URL ends where /chat/completions follows (often in /v1)"}
+                        401: "set OPENAI_API_KEY to a valid key",
+                        403: "set OPENAI_API_KEY to a key with access to --model",
+                        404: "check --model and that OPENAI_BASE_URL ends where /chat/completions follows, often in /v1"}
                 if status in cure:
                     raise LLMError(f"the LLM service refused: {fault}; {cure[status]}")
                 if status not in (408, 409, 425, 429) and status < 500:
@@ -191,7 +193,8 @@ class Chat:
             for chunk in response.iter_content(chunk_size=65536):
                 body += chunk
                 if len(body) > MAX_BYTES:
-                    raise LLMError(f"the LLM service sent a reply larger than {MAX_BYTES:,} bytes; check OPENAI_BASE_URL")
+                    raise LLMError(f"the LLM service sent a reply larger than {MAX_BYTES:,} bytes; "
+                                   "check OPENAI_BASE_URL")
             return response.status_code, response.headers, bytes(body)
 
     def _read(self, body):
@@ -269,7 +272,9 @@ class Replay:
     def __init__(self, path):
         try:
             self.records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-            self.records = [{"prompt": record["prompt"], **record} for record in self.records]
+            for number, record in enumerate(self.records, 1):
+                if "prompt" not in record or not {"reply", "unusable", "error"} & set(record):
+                    raise ValueError(f"line {number} holds no question with its outcome")
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise LLMError(f"{path} is not a transcript that can be replayed: {error}") from None
         self.path, self.position = path, 0
@@ -317,7 +322,8 @@ def describe_attempt(label, series, units, dt, marks):
     for name, sign, value in marks:
         met = {">": np.greater, ">=": np.greater_equal, "<=": np.less_equal}[sign](series[name], value)
         length, end = longest_run(met)
-        spell = f", longest unbroken run {length} steps ({time_of(end - length + 1)} to {time_of(end)} s)" if length else ""
+        span = f"({time_of(end - length + 1)} to {time_of(end)} s)"
+        spell = f", longest unbroken run {length} steps {span}" if length else ""
         lines.append(f"  {name} {sign} {value:g}: in {int(met.sum())} of {steps} steps{spell}")
     return "\n".join(lines)
 
@@ -426,8 +432,8 @@ class Offline:
         text = messages[0]["content"]
         task = re.search(r"^Task: (\w+)", text, flags=re.MULTILINE)
         if len(messages) > 1 or not task or not (PROMPTS / "offline" / f"{task[1]}.txt").exists():
-            raise LLMError("the offline stand-in knows the prompts of touch, grasp and push only; set OPENAI_API_KEY or "
-                           "OPENAI_BASE_URL to ask a real LLM")
+            raise LLMError("the offline stand-in knows the prompts of touch, grasp and push only; set OPENAI_API_KEY "
+                           "or OPENAI_BASE_URL to ask a real LLM")
         if '"blocked_by"' in text:
             return Reply(self._analyse(task[1], text))
         if "RANKING:" in text:

@@ -12,7 +12,8 @@
 The function's arguments without default are features, those with a default are θ with its initial values, and
 it returns a dict of named terms, whose sum is the reward. The language is what elementwise arithmetic needs and
 no more. Safety comes from construction: source is parsed, never executed as it stands; every node of its tree
-must be on a whitelist; and what is compiled sees no builtins, only the functions below, as attributes of an `np` that holds nothing else.
+must be on a whitelist; and what is compiled sees no builtins, only the functions below, as attributes of an `np` that
+holds nothing else.
 """
 
 import ast
@@ -58,7 +59,10 @@ def _fail(node, reason):
 
 
 class Reward:
-    """A compiled reward: `source`, `name`, `features` (the names it reads) and `params` (name to initial value, all positive).
+    """A compiled reward.
+
+    `source` and `name` as written; `features`, the names it reads; `params`, names to initial values, all positive;
+    `term_names`.
 
     Raises RewardError for source outside the language.
     """
@@ -74,7 +78,7 @@ class Reward:
         namespace = {"np": SimpleNamespace(**{name: getattr(np, name) for name in FUNCTIONS}), "__builtins__": {}}
         try:
             exec(compile(ast.fix_missing_locations(tree), "<reward>", "exec"), namespace)
-        except (SyntaxError, ValueError, RecursionError) as error:     # what only the compiler sees, as a repeated argument
+        except (SyntaxError, ValueError, RecursionError) as error:     # what only a compiler sees: a repeated argument
             raise RewardError(f"the source cannot be compiled: {error}") from None
         self._function = namespace[self.name]
 
@@ -155,7 +159,8 @@ def _check_nodes(function):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
             if node.attr not in FUNCTIONS:
                 close = difflib.get_close_matches(node.attr, FUNCTIONS, 1)
-                _fail(node, f"np.{node.attr:.40} is not available; " + (f"is np.{close[0]} meant?" if close else THERE_ARE))
+                hint = f"is np.{close[0]} meant?" if close else THERE_ARE
+                _fail(node, f"np.{node.attr:.40} is not available; {hint}")
             continue                         # np.NAME is fine where it is called, which _check_expression sees to
         if not isinstance(node, NODES):
             _fail(node, HINTS.get(type(node), f"{type(node).__name__} is not part of the language"))

@@ -26,7 +26,7 @@ from envs import DT, EPISODE_STEPS, FEATURES, TASKS, PandaEnv, describe_features
 from llm import (Chat, LLM, LLMError, Manual, Offline, Replay, describe_attempt, prompt, read_analysis, read_code,
                  read_ranking)
 from mh import SamplerError, preference_loss, sample_posterior
-from reward import FUNCTIONS, Reward, RewardError
+from reward import FUNCTIONS, Reward
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ
 EVAL_EVERY = 1_000         # environment steps between two evaluations
