@@ -119,7 +119,7 @@ def train(args, llm, run):
                     theta = dict(zip(theta, posterior.medoid.tolist()))
                     say_posterior(posterior, before, theta)
                     run.record_theta(step, "posterior", theta, posterior)
-                elif pairs:
+                else:
                     # they agree, it fails: ask the LLM what blocks the skill and which parameters to change
                     blocked_by, changes = analyse_failure(llm, args.task, reward, theta, T, R, previous_success)
                     theta, prior = {**theta, **changes}, {**prior, **changes}

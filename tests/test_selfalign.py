@@ -179,9 +179,10 @@ def test_trajectories_are_shown_shuffled(small, monkeypatch):
     assert len(orders) > 2
 
 
-def test_all_equal_says_nothing_and_changes_nothing(small, monkeypatch):
+def test_all_equal_is_no_disagreement(small, monkeypatch):
     Recorder(monkeypatch, lambda trajectories: [[0, 1, 2]])
-    assert {row["step"] for row in rows(small() / "theta.csv")} == {"0"}
+    monkeypatch.setattr(selfalign, "analyse_failure", lambda *args: ("none gets on", {"contact_weight": 9.0}))
+    assert {row["cause"] for row in rows(small() / "theta.csv")} == {"proposal", "analysis"}
 
 
 def test_stops_at_the_first_of_two_perfect_evaluations_running(small, monkeypatch, capsys):
