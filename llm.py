@@ -500,7 +500,7 @@ class Offline:
         elif task == "grasp" and typical("grip_force") == 0:
             why, params = "the fingers never hold the block", {"grip_weight": 2 * theta["grip_weight"]}
         elif task == "grasp":
-            why, params = "lifting pays too little beside holding", {"lift_weight": 5 * theta["lift_weight"]}
+            why, params = "lifting does not pay enough", {"lift_weight": 2 * theta["lift_weight"]}
         else:
             why, params = "touching the block pays almost as much as pushing it", {
                 "push_weight": 3 * theta["push_weight"]}
