@@ -491,12 +491,10 @@ class Offline:
         if task == "touch" and 0 < typical("contact_force") <= theta["contact_threshold"]:
             why, params = "most contacts are weaker than contact_threshold", {
                 "contact_threshold": 0.3 * typical("contact_force")}
-        elif task == "touch" and (typical("contact_force") > 2 or typical("block_displacement") > 0.05):
-            why, params = "the robot touches the block too roughly", {"rough_weight": 3 * theta["rough_weight"]}
         elif task == "touch":
-            why, params = "contact does not pay enough", {"contact_weight": 2 * theta["contact_weight"]}
-        elif task == "grasp" and 0 < typical("grip_force") <= theta["grip_threshold"]:
-            why, params = "most grips are weaker than grip_threshold", {"grip_threshold": 0.3 * typical("grip_force")}
+            why, params = "gentle contact does not pay enough", {"contact_weight": 2 * theta["contact_weight"]}
+        elif task == "grasp" and 0 < typical("grip_force") <= theta["firm_grip"]:
+            why, params = "most grips are weaker than firm_grip", {"firm_grip": 0.3 * typical("grip_force")}
         elif task == "grasp" and typical("grip_force") == 0:
             why, params = "the fingers never hold the block", {"grip_weight": 2 * theta["grip_weight"]}
         elif task == "grasp":

@@ -55,18 +55,23 @@ def train(args, llm, run):
     eval_env.reset(seed=1_000_000 + args.seed)
 
     # R_θ ← the LLM proposes a reward; θ, its parameters; D, the preferences
-    reward, theta, scale = None, {}, 1.0
+    reward, theta, centre, scale = None, {}, 0.0, 1.0
     if args.reward != "sparse":
-        reward = propose_reward(llm, args.task, random_features(args.task))
+        tried = random_features(args.task)
+        reward = propose_reward(llm, args.task, tried)
         theta = prior = dict(reward.params)
+        # Nothing terminates, so a constant added to r_θ changes nothing about which policy is best. Yet the critic
+        # starts at 0: were all rewards above that, whatever is tried first would look better than what is not, and
+        # the actor would saturate there for good. So random behaviour earns 0 on average.
+        centre = reward.total(tried, theta).mean()
         say_reward(reward)
         run.record_theta(0, "proposal", theta)
         run.save_reward(reward, theta)
 
     def r_theta(features):
-        """r_θ(f_t) of one step (F,) or of many (N, F), divided by `scale`; 0 where it is not finite."""
-        total = reward.total(dict(zip(task.features, features.T)), theta) / scale
-        return np.nan_to_num(total, nan=0.0, posinf=0.0, neginf=0.0)
+        """r_θ(f_t) of one step (F,) or of many (N, F), as the critic sees it; 0 where it is not finite."""
+        total = reward.total(dict(zip(task.features, features.T)), theta)
+        return np.nan_to_num((total - centre) / scale, nan=0.0, posinf=0.0, neginf=0.0)
 
     trajectories, preferences = [], []
     period_start, previous_success, started = 0, 0.0, time.monotonic()
@@ -127,11 +132,12 @@ def train(args, llm, run):
                     run.record_theta(step, "analysis", theta)
             except (LLMError, SamplerError) as error:
                 print(f"\n  No new θ; training goes on with the one it has.\n  {error}\n", flush=True)
-            # relabel the whole replay buffer with the new R_θ, in the size of rewards that the critic is used to:
-            # a ranking fixes how the terms compare, and their common scale hardly at all
-            old, new = (np.ma.masked_invalid(reward.total(features, t)).std() for t in (before, theta))
-            if old > 0 and new > 0:
-                scale *= float(new / old)
+            # relabel the whole replay buffer with the new R_θ, with the mean and the spread of rewards that the critic
+            # is used to: a ranking fixes how the terms compare, but no constant, and their common scale hardly at all
+            old, new = (np.ma.masked_invalid(reward.total(features, t)) for t in (before, theta))
+            if old.std() > 0 and new.std() > 0:
+                centre = float(new.mean() - (old.mean() - centre) * new.std() / old.std())
+                scale *= float(new.std() / old.std())
             buffer.relabel(r_theta)
             run.save_reward(reward, theta)
     return None
