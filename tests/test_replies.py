@@ -64,6 +64,5 @@ def test_analyses_are_read(path):
     question = (REPLIES / f"{path.name.split('.')[0]}.prompt.txt").read_text()
     code = re.search(r"```python\n(.*?)```", question, re.DOTALL)[1]
     params = Reward(code, TASKS[path.stem.split("-")[1]].features).params
-    for text in (path.read_text(), Offline()([{"role": "user", "content": question}]).text):
-        blocked_by, changes = read_analysis(text, params)
-        assert blocked_by and any(params[name] != value for name, value in changes.items())
+    blocked_by, changes = read_analysis(path.read_text(), params)
+    assert blocked_by and any(params[name] != value for name, value in changes.items())
