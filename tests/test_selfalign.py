@@ -183,6 +183,21 @@ def test_agreement_asks_what_blocks_and_moves_the_prior(small, monkeypatch):
     assert seen.aligned[0][0]["contact_threshold"] == 0.25           # the prior's centre has moved
 
 
+@pytest.mark.parametrize("task, feature, seen, changed", [
+    ("touch", "contact_force", 0.2, {"contact_threshold": 0.06}), ("touch", "contact_force", 1.5, {"contact_weight": 4.0}),
+    ("grasp", "grip_force", 0.5, {"firm_grip": 0.15}), ("grasp", "grip_force", 0.0, {"grip_weight": 2.0}),
+    ("grasp", "grip_force", 3.0, {"lift_weight": 4.0}), ("push", "contact_force", 0.2, {"push_weight": 6.0})])
+def test_the_stand_in_analyses_failures_of_its_own_rewards(task, feature, seen, changed):
+    names = TASKS[task].features
+    reward = Reward(selfalign.read_code((ROOT / "prompts" / "offline" / f"{task}.txt").read_text()), names)
+    taus = [np.full((50, len(names)), 0.02) for _ in range(3)]
+    for tau in taus:
+        tau[:, names.index(feature)] = seen
+    _, changes = selfalign.analyse_failure(LLM(Offline(), lambda exchange: None), task, reward, reward.params, taus,
+                                           np.zeros(3), 0.0)
+    assert changes == changed
+
+
 def test_trajectories_are_shown_shuffled(small, monkeypatch):
     orders = set()
     for seed in "12345":
