@@ -379,7 +379,7 @@ if __name__ == "__main__":
     for task in TASKS:
         total, physics, rest = _measure_speed(task)
         print(f"{task}: {1e3 / total:.0f} control steps/s, {total:.2f} ms each: {SUBSTEPS} substeps of physics {physics:.2f} ms, "
-              f"PyBullet's inverse kinematics and queries {rest:.2f} ms, Python {total - physics - rest:.2f} ms")
+              f"PyBullet's other calls {rest:.2f} ms, Python {total - physics - rest:.2f} ms")
     env = PandaEnv("touch", obs="pixels")
     env.reset(seed=0)
     started = time.perf_counter()

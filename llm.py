@@ -492,7 +492,8 @@ class Offline:
             why, params = "most contacts are weaker than contact_threshold", {
                 "contact_threshold": 0.3 * typical("contact_force")}
         elif task == "touch":
-            why, params = "gentle contact does not pay enough", {"contact_weight": 2 * theta["contact_weight"]}
+            why, params = "gentle contact does not pay enough against being near", {
+                "contact_weight": 2 * theta["contact_weight"]}
         elif task == "grasp" and 0 < typical("grip_force") <= theta["firm_grip"]:
             why, params = "most grips are weaker than firm_grip", {"firm_grip": 0.3 * typical("grip_force")}
         elif task == "grasp" and typical("grip_force") == 0:
@@ -500,7 +501,6 @@ class Offline:
         elif task == "grasp":
             why, params = "lifting does not pay enough", {"lift_weight": 2 * theta["lift_weight"]}
         else:
-            why, params = "touching the block pays almost as much as pushing it", {
-                "push_weight": 3 * theta["push_weight"]}
+            why, params = "pushing does not pay enough", {"push_weight": 3 * theta["push_weight"]}
         answer = json.dumps({"blocked_by": why, "params": {name: float(f"{v:.3g}") for name, v in params.items()}})
         return f"Scripted failure analysis of the offline stand-in, not an LLM's.\n\n```json\n{answer}\n```"

@@ -62,7 +62,7 @@ def train(args, llm, run):
         theta = prior = dict(reward.params)
         # Nothing terminates, so a constant added to r_θ changes nothing about which policy is best. Yet the critic
         # starts at 0: were all rewards above that, whatever is tried first would look better than what is not, and
-        # the actor would saturate there for good. So random behaviour earns 0 on average.
+        # the actor would saturate there for good. So random behaviour earns 0 on average to begin with.
         centre = reward.total(tried, theta).mean()
         say_reward(reward)
         run.record_theta(0, "proposal", theta)
@@ -135,9 +135,12 @@ def train(args, llm, run):
             # relabel the whole replay buffer with the new R_θ, with the mean and the spread of rewards that the critic
             # is used to: a ranking fixes how the terms compare, but no constant, and their common scale hardly at all
             old, new = (np.ma.masked_invalid(reward.total(features, t)) for t in (before, theta))
-            if old.std() > 0 and new.std() > 0:
-                centre = float(new.mean() - (old.mean() - centre) * new.std() / old.std())
-                scale *= float(new.std() / old.std())
+            spreads = new.std(), old.std()
+            if not 1e-3 * spreads[1] < spreads[0] < 1e3 * spreads[1]:      # as good as constant under one of the two
+                spreads = 1.0, 1.0
+            shifted = new.mean() - (old.mean() - centre) * spreads[0] / spreads[1]
+            if np.isfinite(shifted):
+                centre, scale = float(shifted), scale * float(spreads[0] / spreads[1])
             buffer.relabel(r_theta)
             run.save_reward(reward, theta)
     return None

@@ -139,37 +139,53 @@ def by_reward(trajectories, sign):
 
 def test_disagreement_samples_theta_from_all_rounds_and_relabels_the_buffer(small, monkeypatch):
     seen = Recorder(monkeypatch, lambda trajectories: by_reward(trajectories, -1))
+    monkeypatch.setattr(selfalign, "evaluate", lambda *args: (0.0, 0.0))
     folder = small()
     causes = {row["step"]: row["cause"] for row in rows(folder / "theta.csv")}
     assert causes["0"] == "proposal" and causes["300"] == "posterior"
     prior, count, pairs = seen.aligned[0]
     assert prior["contact_threshold"] == 1.0 and count == 3 and len(pairs) == 3
-    if len(seen.aligned) > 1:                                        # D keeps every round, the prior its centre
-        again, count, pairs = seen.aligned[1]
-        assert again == prior and count == 6 and len(pairs) == 6 and max(max(pair) for pair in pairs) >= 3
-    # Every stored reward is that of the new θ, shifted and scaled so that their mean and spread stay what they were.
+    again, count, pairs = seen.aligned[1]                            # D keeps every round, the prior its centre
+    assert again == prior and count == 6 and len(pairs) == 6 and max(max(pair) for pair in pairs) >= 3
+    # Every stored reward is that of the new θ, shifted and scaled so that over the last half period the mean and the
+    # spread stay what they were; at first random behaviour earns 0.
     names = TASKS["touch"].features
-    theta = {row["name"]: float(row["value"]) for row in rows(folder / "theta.csv") if row["step"] == "300"}
     reward = Reward(selfalign.read_code((ROOT / "prompts" / "offline" / "touch.txt").read_text()), names)
-    stored, features = seen.buffers[0]
-    new = reward.total(dict(zip(names, features.T)), theta)
-    slope, intercept = np.polyfit(new, stored, 1)
-    assert slope > 0
-    np.testing.assert_allclose(stored, slope * new + intercept, rtol=1e-3, atol=1e-3)
-    last = features[-150:]                                           # the half period that both are taken from
-    old = reward.total(dict(zip(names, last.T))) - reward.total(selfalign.random_features("touch")).mean()
-    assert stored[-150:].std() == pytest.approx(old.std(), rel=0.05)
-    assert stored[-150:].mean() == pytest.approx(old.mean(), abs=0.05 * old.std())
+    mean, spread = -reward.total(selfalign.random_features("touch")).mean(), 1.0
+    for round, step in enumerate(["0", "300", "600"]):
+        theta = {row["name"]: float(row["value"]) for row in rows(folder / "theta.csv") if row["step"] == step}
+        if round:
+            stored, features = seen.buffers[round - 1]
+            new, last = reward.total(dict(zip(names, features.T)), theta), slice(-150, None)
+            was = mean + spread * reward.total(dict(zip(names, features[last].T)), before)
+            assert stored[last].mean() == pytest.approx(was.mean(), abs=1e-3)
+            assert stored[last].std() == pytest.approx(was.std(), rel=1e-3)
+            spread, mean = np.polyfit(new, stored, 1)
+            assert spread > 0
+            np.testing.assert_allclose(stored, mean + spread * new, rtol=1e-3, atol=1e-3)
+        before = theta
+
+
+def test_a_reward_that_becomes_constant_loses_no_finite_numbers(small, monkeypatch):
+    seen = Recorder(monkeypatch, lambda trajectories: by_reward(trajectories, 1))
+    monkeypatch.setattr(selfalign, "analyse_failure", lambda *args: ("", {"reach_scale": 1e-9}))
+    small(steps=301)                                                 # only contact pays now, and there may be none
+    assert np.isfinite(seen.buffers[0][0]).all() and np.abs(seen.buffers[0][0]).max() < 100
 
 
 def test_the_critic_sees_rewards_of_which_random_behaviour_earns_none(small, monkeypatch):
     seen = []
     real = selfalign.ReplayBuffer.add
-    monkeypatch.setattr(selfalign.ReplayBuffer, "add", lambda buffer, *args: (seen.append(args[2]), real(buffer, *args)))
+    monkeypatch.setattr(selfalign.ReplayBuffer, "add", lambda buffer, *args: (seen.append(args), real(buffer, *args)))
     proposal = "```python\ndef reward(hand_to_block, w=1.0):\n    return {'near': 100 - w * hand_to_block}\n```"
     monkeypatch.setattr(Offline, "__call__", lambda self, messages: Reply(proposal))
-    small("--reward", "fixed", steps=100)                            # all of them random
-    assert abs(np.mean(seen)) < 0.2 and 0 < np.std(seen) < 0.2       # not 100; the reward's own spread
+    small("--reward", "fixed", steps=100)
+    usual = (100 - selfalign.random_features("touch")["hand_to_block"]).mean()
+    for _, _, reward, _, _, features in seen:
+        assert reward == pytest.approx(100 - features[0] - usual)
+    seen.clear()
+    small("--reward", "sparse", steps=100)
+    assert {args[2] for args in seen} <= {0.0, 1.0}
 
 
 def test_agreement_asks_what_blocks_and_moves_the_prior(small, monkeypatch):
