@@ -152,18 +152,17 @@ def test_disagreement_samples_theta_from_all_rounds_and_relabels_the_buffer(smal
     names = TASKS["touch"].features
     reward = Reward(selfalign.read_code((ROOT / "prompts" / "offline" / "touch.txt").read_text()), names)
     mean, spread = -reward.total(selfalign.random_features("touch")).mean(), 1.0
-    for round, step in enumerate(["0", "300", "600"]):
-        theta = {row["name"]: float(row["value"]) for row in rows(folder / "theta.csv") if row["step"] == step}
-        if round:
-            stored, features = seen.buffers[round - 1]
-            new, last = reward.total(dict(zip(names, features.T)), theta), slice(-150, None)
-            was = mean + spread * reward.total(dict(zip(names, features[last].T)), before)
-            assert stored[last].mean() == pytest.approx(was.mean(), abs=1e-3)
-            assert stored[last].std() == pytest.approx(was.std(), rel=1e-3)
-            spread, mean = np.polyfit(new, stored, 1)
-            assert spread > 0
-            np.testing.assert_allclose(stored, mean + spread * new, rtol=1e-3, atol=1e-3)
-        before = theta
+    thetas = [{row["name"]: float(row["value"]) for row in rows(folder / "theta.csv") if row["step"] == step}
+              for step in ("0", "300", "600")]
+    for before, after, (stored, features) in zip(thetas, thetas[1:], seen.buffers):
+        new, last = reward.total(dict(zip(names, features.T)), after), slice(-150, None)
+        was = mean + spread * reward.total(dict(zip(names, features[last].T)), before)
+        assert stored[last].mean() == pytest.approx(was.mean(), abs=1e-3)
+        assert stored[last].std() == pytest.approx(was.std(), rel=1e-3)
+        spread, mean = np.polyfit(new, stored, 1)
+        assert spread > 0
+        np.testing.assert_allclose(stored, mean + spread * new, rtol=1e-3, atol=1e-3)
+    assert len(seen.buffers) == 2
 
 
 def test_a_reward_that_becomes_constant_loses_no_finite_numbers(small, monkeypatch):
