@@ -462,7 +462,8 @@ class Offline:
             excess = max(features["contact_force"][high] / 2, features["block_displacement"][high] / 0.05)
             score = score + 2 * min(runs["contact_force"], 10) / 10 if excess <= 1 else 0.5 * score / excess
         elif task == "grasp":
-            held = min(runs["grip_force"], 5) / 5
+            around = features["hand_to_block"][low] < 0.03       # fingers on top of the block press it, too
+            held = around * min(runs["grip_force"], 5) / 5
             score += held + held * min(features["block_height"][high], 0.08) / 0.08 + min(runs["block_height"], 5) / 5
         else:
             distance = features["block_to_goal"]

@@ -213,6 +213,16 @@ def test_the_stand_in_analyses_failures_of_its_own_rewards(task, feature, seen, 
     assert changes == changed
 
 
+def test_a_fist_on_the_block_is_no_grip_for_the_stand_in_and_its_reward():
+    names = TASKS["grasp"].features
+    reward = Reward(selfalign.read_code((ROOT / "prompts" / "offline" / "grasp.txt").read_text()), names)
+    grip, fist, idle = (np.tile([{"hand_to_block": distance, "hand_height": 0.03, "gripper_opening": opening,
+                                  "grip_force": force}.get(name, 0.0) for name in names], (50, 1))
+                        for distance, opening, force in ((0.005, 0.042, 2.0), (0.032, 0.038, 2.0), (0.032, 0.08, 0.0)))
+    assert reward.terms(dict(zip(names, fist.T)))["grip"].sum() == 0 < reward.terms(dict(zip(names, grip.T)))["grip"].sum()
+    assert selfalign.rank_attempts(LLM(Offline(), lambda exchange: None), "grasp", [fist, grip, idle]) == [[1], [0, 2]]
+
+
 def test_trajectories_are_shown_shuffled(small, monkeypatch):
     orders = set()
     for seed in "12345":
