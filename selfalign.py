@@ -132,17 +132,12 @@ def train(args, llm, run):
                     run.record_theta(step, "analysis", theta)
             except (LLMError, SamplerError) as error:
                 print(f"\n  No new θ; training goes on with the one it has.\n  {error}\n", flush=True)
-            # relabel the whole replay buffer with the new R_θ, with the mean and the spread of rewards that the critic
-            # is used to: a ranking fixes how the terms compare, but no constant, and their common scale hardly at all
-            old, new = (np.ma.masked_invalid(reward.total(features, t)) for t in (before, theta))
-            spreads = new.std(), old.std()
-            if not 1e-3 * spreads[1] < spreads[0] < 1e3 * spreads[1]:      # as good as constant under one of the two
-                spreads = 1.0, 1.0
-            shifted = new.mean() - (old.mean() - centre) * spreads[0] / spreads[1]
-            if np.isfinite(shifted):
-                centre, scale = float(shifted), scale * float(spreads[0] / spreads[1])
-            buffer.relabel(r_theta)
-            run.save_reward(reward, theta)
+            else:
+                # relabel the whole replay buffer with the new R_θ
+                totals = (reward.total(features, params) for params in (before, theta))
+                centre, scale = keep_level(*totals, centre, scale)
+                buffer.relabel(r_theta)
+                run.save_reward(reward, theta)
     return None
 
 
@@ -222,6 +217,21 @@ def analyse_failure(llm, task, reward, theta, trajectories, returns, success):
                       reward=reward.source_with(theta).strip(), success=round(success * EVAL_EPISODES),
                       episodes=EVAL_EPISODES, trajectories=describe(task, [trajectories[i] for i in order], notes))
     return llm.ask("analyse", question, lambda text: read_analysis(text, theta))
+
+
+def keep_level(old, new, centre, scale):
+    """The centre and scale that give r_θ's new values the mean and spread that the old had, all arrays (N,).
+
+    Rankings fix how r_θ's terms compare, but no constant and hardly their common scale; the critic is used to one.
+    Values that are not finite do not count; a spread that changes a thousandfold or more (a reward as good as constant
+    before or after) leaves the scale as it is.
+    """
+    old, new = np.ma.masked_invalid(old), np.ma.masked_invalid(new)
+    spreads = new.std(), old.std()
+    if not 1e-3 * spreads[1] < spreads[0] < 1e3 * spreads[1]:
+        spreads = 1.0, 1.0
+    shifted = new.mean() - (old.mean() - centre) * spreads[0] / spreads[1]
+    return (float(shifted), scale * float(spreads[0] / spreads[1])) if np.isfinite(shifted) else (centre, scale)
 
 
 def evaluate(agent, env, reward, theta):

@@ -165,11 +165,31 @@ def test_disagreement_samples_theta_from_all_rounds_and_relabels_the_buffer(smal
     assert len(seen.buffers) == 2
 
 
-def test_a_reward_that_becomes_constant_loses_no_finite_numbers(small, monkeypatch):
-    seen = Recorder(monkeypatch, lambda trajectories: by_reward(trajectories, 1))
-    monkeypatch.setattr(selfalign, "analyse_failure", lambda *args: ("", {"reach_scale": 1e-9}))
-    small(steps=301)                                                 # only contact pays now, and there may be none
-    assert np.isfinite(seen.buffers[0][0]).all() and np.abs(seen.buffers[0][0]).max() < 100
+def test_a_new_theta_keeps_the_level_of_rewards():
+    rng = np.random.default_rng(0)
+    old, new = rng.normal(5, 2, 1000), rng.normal(-300, 40, 1000)
+    centre, scale = selfalign.keep_level(old, new, 4.0, 0.5)
+    assert ((new - centre) / scale).mean() == pytest.approx(((old - 4) / 0.5).mean())
+    assert ((new - centre) / scale).std() == pytest.approx((old / 0.5).std())
+    holes = np.where(np.arange(1000) % 7 == 0, -np.inf, new)
+    centre, scale = selfalign.keep_level(old, holes, 4.0, 0.5)
+    assert ((new - centre) / scale)[np.isfinite(holes)].mean() == pytest.approx(((old - 4) / 0.5).mean())
+    # As good as constant, before or after: only the mean can be kept. Nothing finite: nothing changes.
+    flat = np.full(1000, 0.1 * 3) + 1e-15 * rng.standard_normal(1000)
+    for before, after in ((old, flat), (flat, new)):
+        centre, scale = selfalign.keep_level(before, after, 4.0, 0.5)
+        assert scale == 0.5 and (after - centre).mean() == pytest.approx((before - 4).mean())
+    assert selfalign.keep_level(old, np.full(1000, np.nan), 4.0, 0.5) == (4.0, 0.5)
+
+
+def test_no_new_theta_leaves_the_buffer_alone(small, monkeypatch):
+    seen = Recorder(monkeypatch, lambda trajectories: by_reward(trajectories, -1))
+    monkeypatch.setattr(selfalign, "evaluate", lambda *args: (0.0, 0.0))
+
+    def fails(*args, **kwargs):
+        raise selfalign.SamplerError("nothing found")
+    monkeypatch.setattr(selfalign, "sample_posterior", fails)
+    assert {row["step"] for row in rows(small() / "theta.csv")} == {"0"} and not seen.buffers
 
 
 def test_the_critic_sees_rewards_of_which_random_behaviour_earns_none(small, monkeypatch):
