@@ -99,8 +99,12 @@ class Actor(nn.Module):
         self.policy = mlp(feature_dim, hidden_dim, action_dim)
         self.apply(init_weights)
 
+    def preactivation(self, h):
+        """What goes into the tanh, (B, A): large values saturate it and stop its gradient."""
+        return self.policy(self.trunk(h))
+
     def forward(self, h):
-        return torch.tanh(self.policy(self.trunk(h)))
+        return torch.tanh(self.preactivation(h))
 
 
 class Critic(nn.Module):
@@ -123,11 +127,16 @@ class DrQV2:
 
     The defaults are the paper's for pixels; for states `hidden_dim` may be smaller and `lr` larger.
     std is (start, end, duration in steps) of the exploration schedule; noise_clip is c of equations 1 and 2.
+
+    saturation, not in the paper: weight of the actor's mean squared pre-activation in its loss. Once the tanh is
+    saturated no reward moves the actor any more; DDPG has the same trouble, and Andrychowicz et al. (2017, Hindsight
+    Experience Replay, appendix A) add the square of the pre-activations to its cost. 0 is DrQ-v2 as published.
     """
 
     def __init__(self, obs_shape, action_shape, device="cpu", lr=1e-4, feature_dim=50, hidden_dim=1024, tau=0.01,
-                 std=(1.0, 0.1, 100_000), noise_clip=0.3):
+                 std=(1.0, 0.1, 100_000), noise_clip=0.3, saturation=0.0):
         self.device, self.tau, self.std, self.noise_clip = torch.device(device), tau, std, noise_clip
+        self.saturation = saturation
         self.pixels = len(obs_shape) == 3
         self.encoder = (Encoder(obs_shape) if self.pixels else nn.Identity()).to(self.device)
         in_dim = self.encoder.out_dim if self.pixels else obs_shape[0]
@@ -171,8 +180,9 @@ class DrQV2:
 
         h = h.detach()
         self.critic.requires_grad_(False)      # the actor's gradient flows through Q, not into it
-        q = torch.min(*self.critic(h, truncated_normal(self.actor(h), std, self.noise_clip)))
-        actor_loss = -q.mean()
+        u = self.actor.preactivation(h)
+        q = torch.min(*self.critic(h, truncated_normal(torch.tanh(u), std, self.noise_clip)))
+        actor_loss = self.saturation * u.square().mean() - q.mean()
         self.actor_opt.zero_grad(set_to_none=True)
         actor_loss.backward()
         self.actor_opt.step()

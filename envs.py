@@ -16,6 +16,7 @@ only, as if the arm's controller compensated its own weight.
 
 import functools
 import math
+import operator
 import os
 import tempfile
 import time
@@ -42,57 +43,68 @@ POINT_DOWN = (1.0, 0.0, 0.0, 0.0)                                 # hand orienta
 HOME = (0.0, 0.3, 0.0, -2.2, 0.0, 2.5, 0.785)                     # joint angles that IK starts from, rad
 ARM, FINGERS, HAND = tuple(range(7)), (9, 10), 11                 # joint and link indices in panda.urdf
 
-TOUCH_STEPS, TOUCH_FORCE, TOUCH_SLIDE = 10, 2.0, 0.05   # steps in contact, N never exceeded, m never exceeded
-CONTACT_FORCE = 0.01                                    # what counts as contact for the success test, N
-GRASP_STEPS, GRASP_HEIGHT = 5, 0.08                     # steps held, m above the table
-PUSH_STEPS, PUSH_RADIUS = 3, 0.03                       # steps at the goal, m
-
 Feature = namedtuple("Feature", "unit low high text")
-FEATURES = {
-    "hand_to_block": Feature("m", 0.0, 0.5, "distance from the point between the fingertips to the block's centre"),
-    "hand_height": Feature("m", 0.0, 0.4, "height of the point between the fingertips above the table"),
-    "hand_speed": Feature("m/s", 0.0, 1.0, "speed of the hand"),
-    "contact_force": Feature("N", 0.0, 20.0, "total normal force between hand and block, mean over the step"),
+FEATURES = {      # low and high: between them lie all but a few in a thousand readings
+    "hand_to_block": Feature("m", 0.0, 0.25, "distance from the point between the fingertips to the block's centre; 0.03 to "
+                             "0.04 when closed fingers touch the block's side, below 0.015 when open ones are around it"),
+    "hand_beside_block": Feature("m", 0.0, 0.25, "the horizontal part of that distance"),
+    "hand_above_block": Feature("m", -0.02, 0.2, "its vertical part: height of that point above the block's centre"),
+    "hand_height": Feature("m", 0.0, 0.3, "height of the point between the fingertips above the table; 0.02 to 0.03 beside "
+                           "a block on the table"),
+    "hand_speed": Feature("m/s", 0.0, 0.4, "speed of the hand; usually 0.1 to 0.3 on the way, below 0.1 at rest"),
+    "contact_force": Feature("N", 0.0, 20.0, "total normal force between hand and block, mean over the step; a light "
+                             "touch reads 0.02 to 0.5, a knock 5 to 50"),
     "gripper_opening": Feature("m", 0.0, 0.08, "distance between the two fingers; the block is 0.04 m wide"),
-    "grip_force": Feature("N", 0.0, 5.0, "the smaller of the two fingers' forces on the block; 0 unless both touch it"),
+    "grip_force": Feature("N", 0.0, 10.0, "the smaller of the two fingers' forces on the block; 0 unless both touch it; about "
+                          "3 in a full grip"),
     "block_height": Feature("m", 0.0, 0.3, "height of the block's underside above the table"),
-    "block_displacement": Feature("m", 0.0, 0.3, "horizontal distance of the block from where the episode began"),
-    "block_speed": Feature("m/s", 0.0, 1.0, "speed of the block"),
-    "block_to_goal": Feature("m", 0.0, 0.5, "horizontal distance from the block's centre to the goal"),
+    "block_displacement": Feature("m", 0.0, 0.25, "horizontal distance of the block from where the episode began"),
+    "block_speed": Feature("m/s", 0.0, 0.4, "speed of the block; about 0.1 while it is pushed"),
+    "block_to_goal": Feature("m", 0.0, 0.25, "horizontal distance from the block's centre to the goal"),
     "push_alignment": Feature("", -1.0, 1.0, "cosine of the angle between hand-to-block and block-to-goal, seen from "
                               "above; 1 when the hand is right behind the block"),
 }
 
-# goal: the words of the prompts; features: the names that rewards may read; marks: the conditions that the goal
-# speaks of, as (feature, comparison, value), which descriptions of trajectories count.
-Task = namedtuple("Task", "goal features marks")
+# A condition is (feature, comparison, value). A task is done once all of its `success` conditions have held for `steps`
+# consecutive control steps, and it has succeeded if it is done and no condition of `limits` held at any step of the
+# episode, before or after. This one meaning serves the success test, the prompts and the descriptions of trajectories.
+# goal: its words, for prompts. features: the names that rewards may read. stages: conditions on the way, for descriptions.
+Task = namedtuple("Task", "goal features stages success steps limits")
+COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
 TASKS = {
     "touch": Task(
-        "Touch the block and keep contact with it for 10 consecutive control steps (0.5 s), gently: the contact "
-        "force must never exceed 2 N and the block must not be pushed further than 0.05 m from where it started, until "
-        "that is done. The gripper stays closed.",
-        ("hand_to_block", "hand_height", "hand_speed", "contact_force", "block_displacement", "block_speed"),
-        (("contact_force", ">", CONTACT_FORCE),)),
+        goal="Touch the block and keep contact with it for 10 consecutive control steps (0.5 s), gently: the contact "
+             "force must never exceed 2 N and the block must never be further than 0.05 m from where it started, at "
+             "any time of the attempt. The gripper stays closed and starts 0.1 to 0.2 m from the block.",
+        features=("hand_to_block", "hand_beside_block", "hand_above_block", "hand_height", "hand_speed", "contact_force",
+                  "block_displacement", "block_speed"),
+        stages=(("hand_to_block", "<=", 0.05),),
+        success=(("contact_force", ">", 0.01),), steps=10,
+        limits=(("contact_force", ">", 2.0), ("block_displacement", ">", 0.05))),
     "grasp": Task(
-        "Grasp the block and lift it: hold it between both fingers with its underside 0.08 m or more above the "
-        "table for 5 consecutive control steps (0.25 s). The gripper starts open, above the block.",
-        ("hand_to_block", "hand_height", "gripper_opening", "contact_force", "grip_force", "block_height",
-         "block_displacement"),
-        (("grip_force", ">", 0.0), ("block_height", ">=", GRASP_HEIGHT))),
+        goal="Grasp the block and lift it: hold it between both fingers with its underside 0.08 m or more above the "
+             "table for 5 consecutive control steps (0.25 s). The gripper starts open, 0.12 m above the block.",
+        features=("hand_to_block", "hand_beside_block", "hand_above_block", "hand_height", "gripper_opening",
+                  "contact_force", "grip_force", "block_height", "block_displacement"),
+        stages=(("hand_to_block", "<=", 0.02), ("grip_force", ">", 0.0)),
+        success=(("grip_force", ">", 0.0), ("block_height", ">=", 0.08)), steps=5,
+        limits=()),
     "push": Task(
-        "Push the block over the table to the goal: bring its centre within 0.03 m of the goal, which lies 0.10 to "
-        "0.16 m ahead of it, and keep it there for 3 consecutive control steps (0.15 s). The gripper stays closed "
-        "and starts behind the block.",
-        ("hand_to_block", "hand_height", "hand_speed", "contact_force", "block_displacement", "block_speed",
-         "block_to_goal", "push_alignment"),
-        (("contact_force", ">", CONTACT_FORCE), ("block_to_goal", "<=", PUSH_RADIUS))),
+        goal="Push the block over the table to the goal: bring its centre within 0.03 m of the goal, which lies 0.10 to "
+             "0.16 m ahead of it, and keep it there for 3 consecutive control steps (0.15 s). The gripper stays closed "
+             "and starts behind the block, 0.06 to 0.09 m from its centre.",
+        features=("hand_to_block", "hand_beside_block", "hand_above_block", "hand_height", "hand_speed", "contact_force",
+                  "block_displacement", "block_speed", "block_to_goal", "push_alignment"),
+        stages=(("contact_force", ">", 0.01),),
+        success=(("block_to_goal", "<=", 0.03),), steps=3,
+        limits=()),
 }
 
 
 def describe_features(task):
     """The features that rewards for `task` may read: one line each with unit and usual range, for prompts."""
     rows = ((name, FEATURES[name]) for name in TASKS[task].features)
-    return "\n".join(f"- {name} [{f.unit or 'no unit'}, {f.low:g} to {f.high:g}]: {f.text}" for name, f in rows)
+    return "\n".join(f"- {name} [{f.unit or 'no unit'}, mostly {f.low:g} to {f.high:g}]: {f.text}" for name, f in rows)
 
 
 class PandaEnv:
@@ -120,7 +132,8 @@ class PandaEnv:
         if render_mode not in (None, "rgb_array", "human"):
             raise ValueError(f"unknown render_mode {render_mode!r}: choose None, 'rgb_array' or 'human'")
         self.task, self.obs, self.render_mode = task, obs, render_mode
-        self.feature_names = TASKS[task].features
+        self._task = TASKS[task]
+        self.feature_names = self._task.features
         self.action_shape, self.action_low, self.action_high = (4,), -1.0, 1.0
         if obs == "state":
             self.obs_shape, self.obs_dtype, self.obs_low, self.obs_high = (24,), np.float32, -10.0, 10.0
@@ -166,7 +179,7 @@ class PandaEnv:
         self._p_changeDynamics(self._block, -1, lateralFriction=BLOCK_FRICTION)
         if self.task == "push":   # a flat green disc without collision shape
             self._goal_marker = self._p_createMultiBody(0, -1, self._p_createVisualShape(
-                pybullet.GEOM_CYLINDER, radius=PUSH_RADIUS, length=0.002, rgbaColor=(0.1, 0.7, 0.2, 1.0)))
+                pybullet.GEOM_CYLINDER, radius=0.03, length=0.002, rgbaColor=(0.1, 0.7, 0.2, 1.0)))
         self._projection = self._p_computeProjectionMatrixFOV(fov=38.0, aspect=1.0, nearVal=0.1, farVal=3.0)
         self._view = self._p_computeViewMatrix((1.05, 0.45, 0.45), (0.5, 0.0, 0.07), (0.0, 0.0, 1.0))
         self._pristine = self._p_saveState()
@@ -206,7 +219,7 @@ class PandaEnv:
         if self.task == "push":
             self._p_resetBasePositionAndOrientation(self._goal_marker, (*self._goal, 0.001), (0, 0, 0, 1))
         self._target = start["hand"].copy()
-        self.t, self._held, self._spoilt = 0, 0, False
+        self.t, self._held, self._done, self._broken = 0, 0, False, False
         self._forces = np.zeros(3)
         self._observe()
         if self.obs == "pixels":
@@ -265,13 +278,13 @@ class PandaEnv:
         self.t += 1
         self._observe()
         features = self._features()
-        success = self._success()
+        holds, success = self._success()
         if self.obs == "pixels":
             self._frames = self._frames[1:] + [self._frame(84)]
         if self.render_mode == "human":
             time.sleep(max(0.0, DT - (time.perf_counter() - started)))
         info = {"success": success, "features": features}
-        return self._observation(), float(success), False, self.t >= EPISODE_STEPS, info
+        return self._observation(), float(holds), False, self.t >= EPISODE_STEPS, info
 
     def render(self):
         """An RGB frame, uint8 of shape (480, 480, 3), in mode "rgb_array"; None otherwise (the window shows it)."""
@@ -302,6 +315,8 @@ class PandaEnv:
         ahead, behind = self._goal - block[:2], block[:2] - hand[:2]
         values = {
             "hand_to_block": math.dist(hand, block),
+            "hand_beside_block": math.hypot(*behind),
+            "hand_above_block": float(hand[2] - block[2]),
             "hand_height": float(hand[2]),
             "hand_speed": math.hypot(*self._hand_velocity),
             "contact_force": float(self._forces.sum()),
@@ -317,17 +332,15 @@ class PandaEnv:
         return {name: values[name] for name in self.feature_names}
 
     def _success(self):
-        """The task's own test, True while its condition has held for the required number of steps."""
-        f = self._values
-        if self.task == "touch":
-            self._spoilt |= f["contact_force"] > TOUCH_FORCE or f["block_displacement"] > TOUCH_SLIDE
-            holds, steps = f["contact_force"] > CONTACT_FORCE and not self._spoilt, TOUCH_STEPS
-        elif self.task == "grasp":
-            holds, steps = f["grip_force"] > 0 and f["block_height"] >= GRASP_HEIGHT, GRASP_STEPS
-        else:
-            holds, steps = f["block_to_goal"] <= PUSH_RADIUS, PUSH_STEPS
-        self._held = self._held + 1 if holds else 0
-        return self._held >= steps
+        """The task's own test: (whether it is done as of this step, whether it ever was). Both are False once a limit is
+        broken."""
+        def met(conditions):
+            return [COMPARE[sign](self._values[name], value) for name, sign, value in conditions]
+
+        self._broken |= any(met(self._task.limits))
+        self._held = self._held + 1 if all(met(self._task.success)) else 0
+        self._done |= self._held >= self._task.steps
+        return self._held >= self._task.steps and not self._broken, self._done and not self._broken
 
     def _observation(self):
         return np.concatenate(self._frames) if self.obs == "pixels" else self._state()

@@ -296,36 +296,54 @@ class Replay:
         return Reply(record["reply"], record.get("prompt_tokens", 0), record.get("completion_tokens", 0))
 
 
-def describe_attempt(label, series, units, dt, marks):
-    """One trajectory as text for a prompt: key moments, extremes, and how long each mark was met.
+def describe_attempt(label, series, dt, task):
+    """One trajectory as text for a prompt, below 400 tokens: whether it fulfils the task, limits, stages, key moments.
 
-    series: dict of (T,) arrays. units: dict of strings. dt: seconds a step. marks: (name, ">" or ">=" or "<=",
-    value) triples, the conditions that the task speaks of. The text is what rankings are made from.
+    series: dict of (T,) arrays. dt: seconds a step. task: an object with `stages`, `success` and `limits`, each a sequence
+    of conditions (name, ">" or ">=" or "<=", value), and `steps`: the task is fulfilled where all conditions of
+    `success` hold for so many steps running and none of `limits` ever holds.
     """
-    steps = len(next(iter(series.values())))
-    moments = np.unique(np.linspace(0, steps - 1, 9).round().astype(int))
+    length = len(next(iter(series.values())))
 
     def short(value):
-        return f"{round(float(value), 3) + 0.0:g}"
+        return f"{round(float(value), 3) + 0.0:.3g}"
 
     def time_of(step):
         return f"{(step + 1) * dt:.2f}"
 
-    rows = [["time [s]", *(time_of(i) for i in moments), "| lowest (at)", "highest (at)"]]
+    def met(condition):
+        name, sign, value = condition
+        return {">": np.greater, ">=": np.greater_equal, "<=": np.less_equal}[sign](series[name], value)
+
+    def words(conditions):
+        return " and ".join(f"{name} {sign} {value:g}" for name, sign, value in conditions)
+
+    breaks = {condition: np.flatnonzero(met(condition)) for condition in task.limits}
+    first_break = min((int(steps[0]) for steps in breaks.values() if len(steps)), default=length)
+    holds = np.logical_and.reduce([met(condition) for condition in task.success])
+    done = next((step for step in range(task.steps - 1, length) if holds[step + 1 - task.steps:step + 1].all()), None)
+    verdict = "fulfils the task" if done is not None and first_break == length else "does not fulfil the task"
+    lines = [f"Attempt {label}: {verdict}"]
+    if done is not None:
+        lines[0] += f" ({'done' if first_break == length else 'done but for the limits'} at {time_of(done)} s)"
+    for (name, sign, value), steps in breaks.items():
+        lines.append(f"  limit {name} <= {value:g}: " + (
+            f"broken first at {time_of(steps[0])} s, in {len(steps)} steps, by up to {short(series[name].max())}"
+            if len(steps) else "kept"))
+    for conditions in [(condition,) for condition in task.stages] + [task.success]:
+        held = np.logical_and.reduce([met(condition) for condition in conditions])
+        run, end = longest_run(held)
+        spell = (f", first at {time_of(int(held.argmax()))} s, longest run {run} "
+                 f"from {time_of(end - run + 1)} s on" if run else "")
+        if run and first_break < length:
+            spell += f", {longest_run(held[:first_break])[0]} before a limit broke"
+        lines.append(f"  {words(conditions)}: in {int(held.sum())} of {length} steps{spell}")
+    moments = np.unique(np.linspace(0, length - 1, 4).round().astype(int))
+    rows = [["time", *(time_of(step) for step in moments), "| lowest", "highest"]]
     for name, values in series.items():
-        low, high = int(np.argmin(values)), int(np.argmax(values))
-        rows.append([f"{name} [{units[name]}]" if units[name] else name, *(short(values[i]) for i in moments),
-                     f"| {short(values[low])} ({time_of(low)})", f"{short(values[high])} ({time_of(high)})"])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [f"Attempt {label}:"]
-    lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    for name, sign, value in marks:
-        met = {">": np.greater, ">=": np.greater_equal, "<=": np.less_equal}[sign](series[name], value)
-        length, end = longest_run(met)
-        span = f"({time_of(end - length + 1)} to {time_of(end)} s)"
-        spell = f", longest unbroken run {length} steps {span}" if length else ""
-        lines.append(f"  {name} {sign} {value:g}: in {int(met.sum())} of {steps} steps{spell}")
-    return "\n".join(lines)
+        rows.append([name, *(short(values[step]) for step in moments),
+                     f"| {short(values.min())}", short(values.max())])
+    return "\n".join(lines + ["  " + " ".join(row) for row in rows])
 
 
 def longest_run(met):

@@ -5,15 +5,18 @@ Needs numpy only, and knows nothing of robots: a trajectory is its return, a rew
 With returns R_θ(τ) and a set D of pairs (i, j), each saying that τ_i is preferred to τ_j,
 
     P[τ_i ≻ τ_j | θ] = exp(β R_θ(τ_i)) / (exp(β R_θ(τ_i)) + exp(β R_θ(τ_j)))
-    L(θ) = − Σ_{(i,j) ∈ D} log P[τ_i ≻ τ_j | θ]
+    L(θ) = − Σ_{(i,j) ∈ D} w_ij log P[τ_i ≻ τ_j | θ]
     p(θ | D) ∝ exp(−L(θ)) p(θ)
+
+The paper has w = 1, as if pairs were independent. K ranked trajectories give up to K(K − 1)/2 pairs but are about K − 1
+facts; w = 2/K counts them as such (a composite likelihood: Varin, Reid & Firth, 2011).
 
 Thresholds inside the reward make L piecewise constant, so its gradient says nothing and the posterior is sampled:
 
-    def log_likelihood(theta):                                     # theta (C, P), one row per chain
-        return -preference_loss(returns(theta), pairs)             # returns (C, K)
+    def log_likelihood(theta):                                     # theta (N, P), one row per chain
+        return -preference_loss(returns(theta), pairs)             # returns (N, K)
     posterior = sample_posterior(log_likelihood, centre=[1.0, 2.0], rng=np.random.default_rng(1))
-    posterior.medoid, posterior.interval(), posterior.mixed
+    posterior.mean, posterior.interval(), posterior.mixed
 """
 
 from dataclasses import dataclass
@@ -21,19 +24,24 @@ from dataclasses import dataclass
 import numpy as np
 
 BETA = 0.9                  # Boltzmann rationality, the paper's value
-PRIOR_STD = np.log(10.0)    # of log θ: one standard deviation is a factor of ten
-MAX_RHAT, MIN_ESS = 1.1, 100.0   # beyond these the draws are not to be trusted (Gelman et al., 2013)
+PRIOR_SCALE = np.log(3.0)   # of log θ: most numbers that an LLM writes are right within a factor of three ...
+PRIOR_DOF = 3               # ... and some are wrong tenfold: Student's t has the tails for that, a normal has not
+POWERS = (1.0, 0.4, 0.1)    # of the likelihood, one per rung of the ladder of parallel tempering
+CHAINS = 8                  # ladders, and so draws of the posterior in each step
+STEPS = (1000, 2000, 4000, 8000)   # of burn-in, and as many kept: the next where the last has not mixed
+MAX_RHAT, MIN_ESS = 1.01, 400.0    # beyond these draws are not to be trusted (Vehtari et al., 2021)
 
 
-def preference_loss(returns, pairs, beta=BETA):
+def preference_loss(returns, pairs, weights=1.0, beta=BETA):
     """L(θ) above.
 
     returns: (..., K), R_θ of K trajectories; leading axes may be chains. pairs: int (M, 2), the preferred one
-    first. Returns shape (...,). Computed as Σ log(1 + exp(−β (R_i − R_j))), which does not overflow.
+    first. weights: (M,) or one number, w_ij. Returns shape (...,). Computed as Σ w log(1 + exp(−β (R_i − R_j))), which does
+    not overflow.
     """
     returns, pairs = np.asarray(returns, dtype=float), np.asarray(pairs, dtype=int).reshape(-1, 2)
     margin = returns[..., pairs[:, 0]] - returns[..., pairs[:, 1]]
-    return np.logaddexp(0.0, -beta * margin).sum(axis=-1)
+    return (weights * np.logaddexp(0.0, -beta * margin)).sum(axis=-1)
 
 
 class SamplerError(ValueError):
@@ -44,16 +52,16 @@ class SamplerError(ValueError):
 class Posterior:
     """Draws of θ and what says whether to trust them.
 
-    samples (C, S, P) in θ's own scale, C chains of S draws; medoid (P,), the draw nearest to all others; acceptance,
-    the share of proposals accepted after burn-in; rhat (P,) and ess (P,). Distances and diagnostics are those of the
-    space θ was sampled in (log θ for positive parameters).
+    samples (C, S, P) in θ's own scale, C chains of S draws; mean (P,); acceptance, the share of proposals accepted after
+    burn-in; rhat (P,) and ess (P,). Mean and diagnostics are those of the space θ was sampled in (log θ for positive
+    parameters, so that their mean is a geometric one).
 
-    The medoid is the estimate to use: a median of all parameters together. Marginal medians may combine into a θ that
-    explains nothing, and the highest density often is a spike with little mass, at the edge of a threshold's range.
+    The mean is the estimate to use: a parameter of which the data say nothing has its prior's mean, the value it had.
+    A draw such as the medoid or the one of highest density moves those, too, by chance.
     """
 
     samples: np.ndarray
-    medoid: np.ndarray
+    mean: np.ndarray
     acceptance: float
     rhat: np.ndarray
     ess: np.ndarray
@@ -68,90 +76,107 @@ class Posterior:
         return bool(np.all(self.rhat < MAX_RHAT) and np.all(self.ess > MIN_ESS))
 
 
-def sample_posterior(log_likelihood, centre, prior_std=PRIOR_STD, chains=8, burn_in=6000, steps=6000, rng=None):
+def sample_posterior(log_likelihood, centre, prior_scale=PRIOR_SCALE, steps=STEPS, rng=None):
     """Draws θ from exp(log_likelihood(θ)) p(θ) by Metropolis-Hastings, all chains in one vectorised evaluation.
 
-    A parameter whose `centre` is above zero is positive and sampled as log θ ~ N(log centre, prior_std²); any
-    other is real and sampled as θ ~ N(centre, (prior_std · max(1, |centre|))²).
+    A parameter whose `centre` is above zero is positive and sampled as log θ, any other as θ. The prior is Student's t
+    with PRIOR_DOF degrees of freedom around log centre, of scale `prior_scale`, or around centre, of scale
+    prior_scale · max(1, |centre|).
 
-    log_likelihood: maps θ of shape (C, P) to (C,); NaN and infinities count as impossible. centre: (P,).
-    Returns a Posterior. Raises SamplerError when no θ with a finite likelihood is found.
+    log_likelihood: maps θ of shape (N, P) to (N,); NaN and infinities count as impossible. centre: (P,).
+    steps: lengths of burn-in to try in turn, each followed by as many draws, until these have mixed.
+    Returns the last Posterior, mixed or not. Raises SamplerError when no θ with a finite likelihood is found.
     """
     centre = np.atleast_1d(np.asarray(centre, dtype=float))
     positive = centre > 0
-    safe = np.where(positive, centre, 1.0)
-    middle = np.where(positive, np.log(safe), centre)
-    scale = np.where(positive, prior_std, prior_std * np.maximum(1.0, np.abs(centre)))
+    middle = np.where(positive, np.log(np.where(positive, centre, 1.0)), centre)
+    scale = prior_scale * np.where(positive, 1.0, np.maximum(1.0, np.abs(centre)))
 
-    def theta_of(z):                                                # z is standard normal under the prior
+    def theta_of(z):                                       # z is centred and scaled by the prior
         u = middle + scale * z
-        return np.where(positive, np.exp(np.minimum(u, 700.0)), u)
+        return np.where(positive, np.exp(np.clip(u, -700.0, 700.0)), u)
 
     def density(z):
         value = np.asarray(log_likelihood(theta_of(z)), dtype=float)
         return np.where(np.isfinite(value), value, -np.inf)
 
+    def log_prior(z):
+        return -(PRIOR_DOF + 1) / 2 * np.log1p(z ** 2 / PRIOR_DOF).sum(axis=-1)
+
     # Chains start as draws from the prior: wider than the posterior, as R-hat asks for.
     rng = rng or np.random.default_rng()
-    start = rng.standard_normal((chains, len(centre)))
-    draws, acceptance = metropolis_hastings(density, lambda z: -0.5 * (z ** 2).sum(axis=-1), start, burn_in, steps, rng)
-    return Posterior(theta_of(draws), theta_of(medoid(draws)), acceptance, split_rhat(draws),
-                     effective_sample_size(draws))
+    start = rng.standard_t(PRIOR_DOF, (len(POWERS), CHAINS, len(centre)))
+    for length in steps:
+        draws, acceptance = metropolis_hastings(density, log_prior, start, length, length, rng)
+        z, start = draws[0], draws[:, :, -1]
+        posterior = Posterior(theta_of(z), theta_of(z.mean(axis=(0, 1))), acceptance, split_rhat(z),
+                              effective_sample_size(z))
+        if posterior.mixed:
+            break
+    return posterior
 
 
-def metropolis_hastings(log_likelihood, log_prior, start, burn_in, steps, rng):
+def metropolis_hastings(log_likelihood, log_prior, start, burn_in, steps, rng, powers=POWERS):
     """Random-walk Metropolis-Hastings (Metropolis et al., 1953; Hastings, 1970) with several chains at once.
 
-    log_likelihood, log_prior: (C, P) to (C,), each up to a constant. start: (C, P), of prior density above zero.
-    Half of the proposals move one parameter, by anything from a small step to a jump across the prior: thresholds
-    put modes far apart along one axis. The other half move all of them, along the difference between two draws of
-    the burn-in (ter Braak & Vrugt, 2008): whatever ridges the posterior has, such differences lie along them.
+    log_likelihood, log_prior: (N, P) to (N,), each up to a constant. start: (T, C, P), of prior density above zero: C
+    ladders of T chains, whose targets are prior · likelihood^powers[t] with powers[0] = 1.
+    Each step moves a random choice of the parameters along the difference between two draws of the burn-in (ter Braak &
+    Vrugt, 2008; Vrugt et al., 2009): whatever ridges the posterior has, such differences lie along them. Then neighbours on
+    a ladder may swap (parallel tempering: Geyer, 1991): the flat target of the last one crosses from mode to mode.
 
-    Everything that adapts does so in burn-in only, so that what is kept comes from a Markov chain with the right
-    stationary distribution: the likelihood is raised to a power that grows from 0 to 1 over the first half (annealing,
-    lest chains stay in the first mode they meet), and differences come from the second half of the draws so far.
+    What adapts does so in burn-in only, so that what is kept comes from a Markov chain with the right stationary
+    distribution: differences come from the second half of the draws so far; and at half of burn-in, chains that have
+    not found a finite likelihood yet go on from one that has.
 
-    Returns (draws (C, steps, P), acceptance rate after burn-in). Raises SamplerError when no chain has found a finite
-    likelihood by the end of burn-in.
+    Returns (draws (T, C, steps, P), acceptance rate after burn-in at powers[0]). Raises SamplerError when no chain has
+    found a finite likelihood by half of burn-in, so that no draw ever has a likelihood of zero.
     """
     if burn_in < 2 or steps < 4:
         raise ValueError(f"burn_in must be 2 or more and steps 4 or more, not {burn_in} and {steps}")
-    x = np.array(start, dtype=float)
-    chains, dim = x.shape
+    rungs, chains, dim = np.shape(start)
+    n, rung, power = rungs * chains, np.repeat(np.arange(rungs), chains), np.repeat(powers, chains)
+    x = np.array(start, dtype=float).reshape(n, dim)
     likelihood, prior = log_likelihood(x), log_prior(x)
-    draws = np.empty((1 + burn_in + steps, chains, dim))
-    draws[0] = x
+    draws = np.empty((1 + burn_in + steps, rungs, chains, dim))
+    draws[0] = x.reshape(rungs, chains, dim)
     accepted = 0
     for t in range(1, 1 + burn_in + steps):
+        # two draws of the same rung, any chain
         newest = min(t, burn_in)
-        archive = draws[newest // 2:newest].reshape(-1, dim)
-        first, second = archive[rng.integers(len(archive), size=(2, chains))]
-        along = rng.choice((0.1, 0.5, 1.0), (chains, 1)) * (first - second) + 1e-3 * rng.standard_normal((chains, dim))
-        axis = np.arange(dim) == rng.integers(dim, size=(chains, 1))
-        single = axis * 10 ** rng.uniform(-1.5, 0.3, (chains, 1)) * rng.standard_normal((chains, 1))
-        proposal = x + np.where(rng.random((chains, 1)) < 0.5, along, single)
+        first, second = draws[rng.integers(newest // 2, newest, (2, n)), rung, rng.integers(chains, size=(2, n))]
+        moved = rng.random((n, dim)) < rng.choice((0.2, 0.5, 1.0), (n, 1))
+        moved |= np.arange(dim) == rng.integers(dim, size=(n, 1))
+        # 2.38 / √(2 d) is the best length for d parameters of a normal target; now and then 1, which jumps between modes
+        length = 2.38 / np.sqrt(2 * moved.sum(axis=1, keepdims=True)) * rng.choice((0.5, 1.0), (n, 1))
+        length = np.where(rng.random((n, 1)) < 0.1, 1.0, length) * rng.uniform(0.9, 1.1, (n, dim))
+        proposal = x + moved * (length * (first - second) + 1e-3 * rng.standard_normal((n, dim)))
         new_likelihood, new_prior = log_likelihood(proposal), log_prior(proposal)
         # All proposals are symmetric, so the Hastings ratio is that of the densities. Where the likelihood is zero
         # before and after, the prior alone decides, which keeps a lost chain from drifting away.
-        power = min(1.0, 2 * t / burn_in) if t <= burn_in else 1.0
         lost = np.isneginf(likelihood) & np.isneginf(new_likelihood)
-        gain = np.subtract(new_likelihood, likelihood, out=np.zeros(chains), where=~lost)
-        accept = np.log(rng.random(chains)) < power * gain + new_prior - prior
+        gain = np.subtract(new_likelihood, likelihood, out=np.zeros(n), where=~lost)
+        accept = np.log(rng.random(n)) < power * gain + new_prior - prior
         x = np.where(accept[:, None], proposal, x)
         likelihood, prior = np.where(accept, new_likelihood, likelihood), np.where(accept, new_prior, prior)
-        draws[t] = x
-        accepted += accept.sum() * (t > burn_in)
-        if t == burn_in and np.isneginf(likelihood).all():
-            raise SamplerError("Metropolis-Hastings found no parameters with a finite likelihood")
-    return draws[1 + burn_in:].transpose(1, 0, 2), accepted / (steps * chains)
-
-
-def medoid(draws, most=800):
-    """The draw with the least mean L1 distance to the others: draws (C, S, P) to (P,), thinned to `most` of them."""
-    flat = draws.reshape(-1, draws.shape[-1])
-    flat = flat[::-(-len(flat) // most)]
-    distances = np.abs(flat[:, None] - flat[None]).sum(axis=-1).mean(axis=1)
-    return flat[distances.argmin()]
+        accepted += accept[:chains].sum() * (t > burn_in)
+        if t == burn_in // 2:
+            found = np.flatnonzero(np.isfinite(likelihood))
+            if not len(found):
+                raise SamplerError("Metropolis-Hastings found no parameters with a finite likelihood")
+            source = np.where(np.isfinite(likelihood), np.arange(n), rng.choice(found, n))
+            x, likelihood, prior = x[source], likelihood[source], prior[source]
+        # swaps of rungs 0 and 1, 2 and 3, ... in one step, of 1 and 2, 3 and 4, ... in the next
+        lower = np.flatnonzero((rung % 2 == t % 2) & (rung < rungs - 1))
+        upper = lower + chains
+        with np.errstate(invalid="ignore"):                  # two lost chains have nothing to swap
+            ratio = (power[lower] - power[upper]) * (likelihood[upper] - likelihood[lower])
+        swap = np.log(rng.random(len(lower))) < ratio
+        order = np.arange(n)
+        order[lower[swap]], order[upper[swap]] = upper[swap], lower[swap]
+        x, likelihood, prior = x[order], likelihood[order], prior[order]
+        draws[t] = x.reshape(rungs, chains, dim)
+    return draws[1 + burn_in:].transpose(1, 2, 0, 3), accepted / (steps * chains)
 
 
 def split_rhat(draws):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from drqv2 import DrQV2, ReplayBuffer
-from envs import DT, EPISODE_STEPS, FEATURES, TASKS, PandaEnv, describe_features
+from envs import DT, EPISODE_STEPS, TASKS, PandaEnv, describe_features
 from llm import (Chat, LLM, LLMError, Manual, Offline, Replay, describe_attempt, prompt, read_analysis, read_code,
                  read_ranking)
 from mh import SamplerError, preference_loss, sample_posterior
@@ -36,8 +36,8 @@ EXPLORE_STEPS = 1_000      # uniform random actions first
 DISCOUNT = 0.97
 
 # DrQ-v2's own settings for pixels; for states, a smaller network that learns faster from few samples.
-AGENT = {"pixels": dict(lr=1e-4, hidden_dim=1024, std=(1.0, 0.1, 50_000)),
-         "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000))}
+AGENT = {"pixels": dict(lr=1e-4, hidden_dim=1024, std=(1.0, 0.1, 50_000), saturation=0.01),
+         "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01)}
 BATCH = {"pixels": 256, "state": 128}
 
 
@@ -46,19 +46,20 @@ def train(args, llm, run):
     task = TASKS[args.task]
     env, eval_env = PandaEnv(args.task, args.obs), PandaEnv(args.task, args.obs)
     torch.manual_seed(args.seed)
-    rng, mh_rng = np.random.default_rng([args.seed, 0]), np.random.default_rng([args.seed, 1])
+    # Streams of their own, so that a run whose θ never changes is the run of the fixed reward, byte for byte.
+    rng, rank_rng = np.random.default_rng([args.seed, 0]), np.random.default_rng([args.seed, 1])
     agent = DrQV2(env.obs_shape, env.action_shape, device=args.device, **AGENT[args.obs])
     buffer = ReplayBuffer(args.steps + args.steps // EPISODE_STEPS + 2, env.obs_shape, env.action_shape,
                           n_features=len(task.features), obs_dtype=env.obs_dtype,
                           frame_stack=3 if args.obs == "pixels" else 1, discount=DISCOUNT, seed=args.seed)
-    run.policy = agent
+    run.policy, run.buffer = agent, buffer
     eval_env.reset(seed=1_000_000 + args.seed)
 
     # R_θ ← the LLM proposes a reward; θ, its parameters; D, the preferences
     reward, theta, centre, scale = None, {}, 0.0, 1.0
     if args.reward != "sparse":
         tried = random_features(args.task)
-        reward = propose_reward(llm, args.task, tried)
+        reward = propose_reward(llm, args.task, tried, args.proposal)
         theta = prior = dict(reward.params)
         # Nothing terminates, so a constant added to r_θ changes nothing about which policy is best. Yet the critic
         # starts at 0: were all rewards above that, whatever is tried first would look better than what is not, and
@@ -107,7 +108,7 @@ def train(args, llm, run):
             period = period[len(period) // 2:]
             features, starts = columns(period, task.features)
             returns = returns_of(reward, theta, features, starts)
-            chosen = rng.permutation(np.argsort(returns)[np.linspace(0, len(period) - 1, RANKED).round().astype(int)])
+            chosen = rank_rng.permutation(np.argsort(returns)[np.linspace(0, len(period) - 1, RANKED).round().astype(int)])
             T, R, before = [period[i] for i in chosen], returns[chosen], theta
             try:
                 # ask the LLM to rank T from their text descriptions; rank T by R_θ
@@ -120,7 +121,7 @@ def train(args, llm, run):
                     # they disagree: D ← D ∪ pairs; θ ← posterior of p(θ | D) by Metropolis-Hastings
                     preferences += [(len(trajectories) + i, len(trajectories) + j) for i, j in pairs]
                     trajectories += T
-                    posterior = align(reward, prior, trajectories, preferences, task.features, mh_rng)
+                    posterior = align(reward, prior, trajectories, preferences, task.features, rank_rng)
                     theta = dict(zip(theta, posterior.medoid.tolist()))
                     say_posterior(posterior, before, theta)
                     run.record_theta(step, "posterior", theta, posterior)
@@ -151,16 +152,35 @@ def random_features(task):
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def propose_reward(llm, task, features):
-    """The LLM's reward for `task`; what does not parse, run or stay finite on `features` goes back to it."""
+def propose_reward(llm, task, features, path=None):
+    """The LLM's reward for `task`; what does not parse, run or stay finite on `features` goes back to it.
+
+    path: a file that holds a reward (Python, or Markdown with a code block), which is taken instead of asking.
+    """
     def parse(text):
         reward = Reward(read_code(text), TASKS[task].features)
         reward.check(features)
         return reward
 
-    question = prompt("propose", task=task, goal=TASKS[task].goal, features=describe_features(task),
-                      functions=", ".join(f"np.{name}" for name in FUNCTIONS))
+    if path:
+        try:
+            return parse(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise LLMError(f"--proposal {path} cannot be used: {error}") from None
+    question = prompt("propose", **task_words(task), functions=", ".join(f"np.{name}" for name in FUNCTIONS))
     return llm.ask("propose", question, parse)
+
+
+def task_words(task):
+    """What every prompt says of `task`: the values of its placeholders."""
+    limited = len(TASKS[task].limits) > 0
+    return dict(
+        task=task, goal=TASKS[task].goal, features=describe_features(task), discount=DISCOUNT,
+        limits=" and no limit is broken at any time of it, before or after" if limited else "",
+        forbidden="What must it not do, and how is that punished without making it give up?" if limited else
+                  "Nothing is forbidden here. Is there still something to discourage, without making it give up?",
+        breaking="One that breaks a limit cannot succeed any more: put it below those that get as far without breaking "
+                 "it, the lower the sooner and the further it is broken." if limited else "")
 
 
 def columns(trajectories, names):
@@ -192,8 +212,8 @@ def align(reward, prior, trajectories, preferences, names, rng):
 
 def describe(task, trajectories, notes=None):
     """Trajectories as text, numbered from 1 in the order given, each followed by its note."""
-    names, units = TASKS[task].features, {name: FEATURES[name].unit for name in TASKS[task].features}
-    texts = [describe_attempt(i + 1, dict(zip(names, trajectory.T)), units, DT, TASKS[task].marks)
+    names = TASKS[task].features
+    texts = [describe_attempt(i + 1, dict(zip(names, trajectory.T)), DT, TASKS[task])
              for i, trajectory in enumerate(trajectories)]
     return "\n\n".join(f"{text}\n  {note}" if note else text for text, note in zip(texts, notes or [""] * len(texts)))
 
@@ -242,13 +262,12 @@ def evaluate(agent, env, reward, theta):
     successes, returns = 0, []
     for _ in range(EVAL_EPISODES):
         obs, _ = env.reset()
-        succeeded, sparse_return, rows, truncated = False, 0.0, [], False
+        sparse_return, rows, truncated = 0.0, [], False
         while not truncated:
             obs, sparse_reward, _, truncated, info = env.step(agent.act(obs, 0, explore=False))
-            succeeded |= info["success"]
             sparse_return += sparse_reward
             rows.append(list(info["features"].values()))
-        successes += succeeded
+        successes += info["success"]
         returns.append(sparse_return if reward is None else
                        reward.total(dict(zip(env.feature_names, np.array(rows).T)), theta).sum())
     return successes / EVAL_EPISODES, float(np.mean(returns))
@@ -262,7 +281,7 @@ class Run:
     """
 
     def __init__(self, folder, settings):
-        self.folder, self.policy = Path(folder), None
+        self.folder, self.policy, self.buffer = Path(folder), None, None
         self.files, self.failed = {}, {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -298,7 +317,11 @@ class Run:
         self._write("reward.py", f"import numpy as np\n\n\n{reward.source_with(theta).strip()}\n")
 
     def close(self):
-        """Last try to write what could not be written. Returns the folder that holds everything."""
+        """Writes the episodes' features, and what could not be written before. Returns the folder that holds everything."""
+        if self.buffer is not None:
+            content = io.BytesIO()
+            np.savez_compressed(content, *(episode.astype(np.float32) for episode in self.buffer.episodes()))
+            self._write("episodes.npz", content.getvalue())
         if self.failed:
             for name in list(self.failed):
                 self._write(name, self.files[name])
@@ -398,13 +421,12 @@ def play(folder, frames, episodes):
     agent.load_state_dict(state)
     for episode in range(episodes):
         obs, _ = env.reset(seed=episode)
-        succeeded = truncated = False
+        truncated = False
         while not truncated:
             if frames:
                 Image.fromarray(env.render()).save(Path(frames) / f"episode{episode}-{env.t:02d}.png")
             obs, _, _, truncated, info = env.step(agent.act(obs, 0, explore=False))
-            succeeded |= info["success"]
-        print(f"episode {episode}: {'success' if succeeded else 'no success'}", flush=True)
+        print(f"episode {episode}: {'success' if info['success'] else 'no success'}", flush=True)
     env.close()
 
 
@@ -438,6 +460,8 @@ def parse_args():
     parser.add_argument("--llm", default="auto", metavar="auto|chat|offline|manual|replay:FILE",
                         help="auto: chat where OPENAI_API_KEY or OPENAI_BASE_URL is set, else offline")
     parser.add_argument("--model", default=os.environ.get("OPENAI_MODEL"), help="the LLM's name at the service")
+    parser.add_argument("--proposal", metavar="FILE", help="start from the reward in FILE (Python, or Markdown with a code "
+                        "block) instead of asking the LLM for one")
     parser.add_argument("--out", help="folder of the run (default: runs/TASK-REWARD-SEED)")
     parser.add_argument("--play", metavar="RUN", help="show the policy of a run's folder instead of training")
     parser.add_argument("--frames", metavar="FOLDER", help="with --play: save pictures instead of opening a window")
