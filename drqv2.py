@@ -131,18 +131,23 @@ class DrQV2:
     saturation, not in the paper: weight of the actor's mean squared pre-activation in its loss. Once the tanh is
     saturated no reward moves the actor any more; DDPG has the same trouble, and Andrychowicz et al. (2017, Hindsight
     Experience Replay, appendix A) add the square of the pre-activations to its cost. 0 is DrQ-v2 as published.
+
+    average, not in the paper either: the greedy policy is a running average of the actor's weights (Polyak & Juditsky,
+    1992), which follows them at this rate per update and wavers less from one evaluation to the next. It never enters
+    training. 1 is the actor itself, as published.
     """
 
     def __init__(self, obs_shape, action_shape, device="cpu", lr=1e-4, feature_dim=50, hidden_dim=1024, tau=0.01,
-                 std=(1.0, 0.1, 100_000), noise_clip=0.3, saturation=0.0):
+                 std=(1.0, 0.1, 100_000), noise_clip=0.3, saturation=0.0, average=1.0):
         self.device, self.tau, self.std, self.noise_clip = torch.device(device), tau, std, noise_clip
-        self.saturation = saturation
+        self.saturation, self.average = saturation, average
         self.pixels = len(obs_shape) == 3
         self.encoder = (Encoder(obs_shape) if self.pixels else nn.Identity()).to(self.device)
         in_dim = self.encoder.out_dim if self.pixels else obs_shape[0]
         self.actor = Actor(in_dim, action_shape[0], feature_dim, hidden_dim).to(self.device)
         self.critic = Critic(in_dim, action_shape[0], feature_dim, hidden_dim).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.greedy = copy.deepcopy(self.actor).requires_grad_(False)
         self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=lr, fused=True)
         # One optimiser for both: the encoder learns from the critic's loss and from nothing else.
         self.critic_opt = torch.optim.Adam([*self.encoder.parameters(), *self.critic.parameters()], lr=lr, fused=True)
@@ -151,8 +156,10 @@ class DrQV2:
     def act(self, obs, step, explore=True):
         """Action (A,) in [−1, 1] as float32 for one observation; `explore=False` is the greedy policy."""
         obs = torch.as_tensor(obs, device=self.device).float().unsqueeze(0)
-        mean = self.actor(self.encoder(obs))
-        action = truncated_normal(mean, linear_schedule(step, *self.std)) if explore else mean
+        if explore:
+            action = truncated_normal(self.actor(self.encoder(obs)), linear_schedule(step, *self.std))
+        else:
+            action = self.greedy(self.encoder(obs))
         return action[0].cpu().numpy()
 
     def update(self, batch, step):
@@ -189,17 +196,18 @@ class DrQV2:
         self.critic.requires_grad_(True)
 
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
+            for slow, fast, rate in ((self.critic_target, self.critic, self.tau), (self.greedy, self.actor, self.average)):
+                torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
         return {"critic_loss": critic_loss.item(), "actor_loss": actor_loss.item(), "q": q1.mean().item()}
 
     def state_dict(self):
         """Everything needed to act again, as CPU tensors."""
         return {name: {key: value.cpu() for key, value in getattr(self, name).state_dict().items()}
-                for name in ("encoder", "actor", "critic")}
+                for name in ("encoder", "actor", "critic", "greedy")}
 
     def load_state_dict(self, state):
         """Takes what `state_dict` gave; the target critic starts equal to the critic."""
-        for name in ("encoder", "actor", "critic"):
+        for name in ("encoder", "actor", "critic", "greedy"):
             getattr(self, name).load_state_dict(state[name])
         self.critic_target.load_state_dict(state["critic"])
 

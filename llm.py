@@ -5,8 +5,8 @@ Needs requests (and numpy to describe numbers) and knows no RL. The prompts are 
     llm = LLM(Chat(model="..."), record=print)               # any OpenAI-compatible /chat/completions
     groups = llm.ask("rank", prompt("rank", count=4, ...), parse=lambda text: read_ranking(text, 4))
 
-A backend maps a list of chat messages to a `Reply`: `Chat` (HTTP), `Offline` (a scripted stand-in that is no LLM
-at all), `Manual` (a person, or any chat window), `Replay` (the transcript of an earlier run).
+A backend maps a list of chat messages to a `Reply`: `Chat` (HTTP), `Manual` (a person, or any chat window), `Replay` (the
+transcript of an earlier run); a scripted stand-in is in standin.py.
 """
 
 import json
@@ -422,8 +422,8 @@ def read_analysis(text, params):
     if found is None:
         raise UnusableReply('no JSON object of the form {"blocked_by": "...", "params": {"name": number}} found')
     changes = found["params"]
-    if not isinstance(changes, dict) or not changes:
-        raise UnusableReply('"params" must hold at least one parameter with its new value')
+    if not isinstance(changes, dict):
+        raise UnusableReply('"params" must be an object with the new values by name; {} changes none')
     for name, value in changes.items():
         if name not in params:
             raise UnusableReply(f"{name} is not a parameter; there are {', '.join(params)}")
@@ -433,93 +433,3 @@ def read_analysis(text, params):
             raise UnusableReply(f"{name} is a positive parameter: its new value cannot be {value:g}")
     blocked_by = "".join(c if c.isprintable() else " " for c in str(found.get("blocked_by", "")))
     return " ".join(blocked_by.split()), {name: float(value) for name, value in changes.items()}
-
-
-class Offline:
-    """NOT a language model: a scripted stand-in, so that the whole loop runs without a key and without network.
-
-    It answers from the prompt's text alone. Proposals are written out beforehand in prompts/offline/, with the
-    initial values that the paper reports (contact threshold 1 N, push weight 2.0). Preferences and failure analyses
-    are scripted in the manner of B-Pref's scripted teachers (Lee et al., 2021): a progress score per attempt, read
-    off its description, and equal preference where two scores differ by less than EQUAL.
-    """
-
-    EQUAL = 0.1
-
-    def __call__(self, messages):
-        text = messages[0]["content"]
-        task = re.search(r"^Task: (\w+)", text, flags=re.MULTILINE)
-        if len(messages) > 1 or not task or not (PROMPTS / "offline" / f"{task[1]}.txt").exists():
-            raise LLMError("the offline stand-in knows the prompts of touch, grasp and push only; set OPENAI_API_KEY "
-                           "or OPENAI_BASE_URL to ask a real LLM")
-        if '"blocked_by"' in text:
-            return Reply(self._analyse(task[1], text))
-        if "RANKING:" in text:
-            return Reply(self._rank(task[1], text))
-        return Reply(prompt(f"offline/{task[1]}"))
-
-    def _attempts(self, text):
-        """{number: (features, runs)}: each feature's (first, lowest, highest, last) and each mark's longest run."""
-        attempts = {}
-        for number, body in re.findall(r"^Attempt (\d+):(.*?)(?=^Attempt \d+:|^\S|\Z)", text, re.DOTALL | re.MULTILINE):
-            features = {}
-            for name, row in re.findall(r"^ +(\w+)(?: \[[^\]]*\])? +([-\d].*\|.*\d.*)$", body, re.MULTILINE):
-                moments, extremes = row.split("|")
-                low, high = re.findall(r"(\S+) \(", extremes)
-                features[name] = (float(moments.split()[0]), float(low), float(high), float(moments.split()[-1]))
-            runs = {name: int(run[1]) if (run := re.search(r"run (\d+)", rest)) else 0
-                    for name, rest in re.findall(r"^ +(\w+) [<>]=? [\d.]+: in (.*)$", body, re.MULTILINE)}
-            attempts[int(number)] = features, runs
-        return attempts
-
-    def _score(self, task, features, runs):
-        """How far an attempt gets: 1 per stage, 2 for a task's main one; rough contact is worse than none."""
-        first, low, high, last = range(4)
-        score = np.clip((0.15 - features["hand_to_block"][low]) / 0.12, 0, 1)
-        if task == "touch":
-            excess = max(features["contact_force"][high] / 2, features["block_displacement"][high] / 0.05)
-            score = score + 2 * min(runs["contact_force"], 10) / 10 if excess <= 1 else 0.5 * score / excess
-        elif task == "grasp":
-            around = features["hand_to_block"][low] < 0.03       # fingers on top of the block press it, too
-            held = around * min(runs["grip_force"], 5) / 5
-            score += held + held * min(features["block_height"][high], 0.08) / 0.08 + min(runs["block_height"], 5) / 5
-        else:
-            distance = features["block_to_goal"]
-            score += 2 * (distance[first] - distance[last]) / distance[first] + min(runs["block_to_goal"], 3) / 3
-        return float(score)
-
-    def _rank(self, task, text):
-        scores = {number: self._score(task, *attempt) for number, attempt in self._attempts(text).items()}
-        ranking, best = "", None
-        for number in sorted(scores, key=scores.get, reverse=True):
-            equal = best is not None and best - scores[number] < self.EQUAL
-            ranking += f" = {number}" if equal else f" > {number}"
-            best = best if equal else scores[number]
-        listed = "\n".join(f"Attempt {number}: progress {score:.2f}" for number, score in scores.items())
-        return f"Scripted preferences of the offline stand-in, not an LLM's.\n{listed}\n\nRANKING: {ranking[3:]}"
-
-    def _analyse(self, task, text):
-        theta = {name: float(value) for name, value in re.findall(r"(\w+)=([-+\d.e]+)", text)}
-        attempts = list(self._attempts(text).values())
-
-        def typical(name):
-            """Median over the attempts that have any of the feature of its highest value; 0 where none has."""
-            values = [features[name][2] for features, _ in attempts if features[name][2] > 0]
-            return float(np.median(values)) if values else 0.0
-
-        if task == "touch" and 0 < typical("contact_force") <= theta["contact_threshold"]:
-            why, params = "most contacts are weaker than contact_threshold", {
-                "contact_threshold": 0.3 * typical("contact_force")}
-        elif task == "touch":
-            why, params = "gentle contact does not pay enough against being near", {
-                "contact_weight": 2 * theta["contact_weight"]}
-        elif task == "grasp" and 0 < typical("grip_force") <= theta["firm_grip"]:
-            why, params = "most grips are weaker than firm_grip", {"firm_grip": 0.3 * typical("grip_force")}
-        elif task == "grasp" and typical("grip_force") == 0:
-            why, params = "the fingers never hold the block", {"grip_weight": 2 * theta["grip_weight"]}
-        elif task == "grasp":
-            why, params = "lifting does not pay enough", {"lift_weight": 2 * theta["lift_weight"]}
-        else:
-            why, params = "pushing does not pay enough", {"push_weight": 3 * theta["push_weight"]}
-        answer = json.dumps({"blocked_by": why, "params": {name: float(f"{v:.3g}") for name, v in params.items()}})
-        return f"Scripted failure analysis of the offline stand-in, not an LLM's.\n\n```json\n{answer}\n```"

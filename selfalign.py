@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +24,26 @@ import torch
 
 from drqv2 import DrQV2, ReplayBuffer
 from envs import DT, EPISODE_STEPS, TASKS, PandaEnv, describe_features
-from llm import (Chat, LLM, LLMError, Manual, Offline, Replay, describe_attempt, prompt, read_analysis, read_code,
+from llm import (Chat, LLM, LLMError, Manual, Replay, describe_attempt, prompt, read_analysis, read_code,
                  read_ranking)
 from mh import SamplerError, preference_loss, sample_posterior
 from reward import FUNCTIONS, Reward
+from standin import StandIn
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ
 EVAL_EVERY = 1_000         # environment steps between two evaluations
 EVAL_EPISODES = 20
-RANKED = 12                # K, trajectories in one ranking
+RANKED = 48                # K, trajectories in one ranking
+ANALYSED = 12              # of them in a failure analysis
+DISCORDANT = 0.1           # share of the LLM's pairs that R_θ may order the other way round: rankings are that noisy
+GAIN = 0.03                # by which the share of D's pairs that R_θ explains must rise for a new θ to be taken
+WORSE, BETTER = 0.7, 0.6   # how likely the LLM prefers the robot's earlier or later attempts: it got worse, it gets better
 EXPLORE_STEPS = 1_000      # uniform random actions first
 DISCOUNT = 0.97
 
 # DrQ-v2's own settings for pixels; for states, a smaller network that learns faster from few samples.
-AGENT = {"pixels": dict(lr=1e-4, hidden_dim=1024, std=(1.0, 0.1, 50_000), saturation=0.01),
-         "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01)}
+AGENT = {"pixels": dict(lr=1e-4, hidden_dim=1024, std=(1.0, 0.1, 50_000), saturation=0.01, average=0.005),
+         "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
 BATCH = {"pixels": 256, "state": 128}
 
 
@@ -60,13 +66,13 @@ def train(args, llm, run):
     if args.reward != "sparse":
         tried = random_features(args.task)
         reward = propose_reward(llm, args.task, tried, args.proposal)
-        theta = prior = dict(reward.params)
+        theta = dict(reward.params)
         # Nothing terminates, so a constant added to r_θ changes nothing about which policy is best. Yet the critic
         # starts at 0: were all rewards above that, whatever is tried first would look better than what is not, and
         # the actor would saturate there for good. So random behaviour earns 0 on average to begin with.
         centre = reward.total(tried, theta).mean()
-        say_reward(reward)
-        run.record_theta(0, "proposal", theta)
+        print_reward(reward)
+        run.record_theta(0, "proposal", theta, theta)
         run.save_reward(reward, theta)
 
     def r_theta(features):
@@ -74,14 +80,15 @@ def train(args, llm, run):
         total = reward.total(dict(zip(task.features, features.T)), theta)
         return np.nan_to_num((total - centre) / scale, nan=0.0, posinf=0.0, neginf=0.0)
 
-    trajectories, preferences = [], []
-    period_start, previous_success, started = 0, 0.0, time.monotonic()
+    D, successes, explore_since = [], [], 0
+    changes = [Change(0, "proposal", theta, theta)]
+    started = time.monotonic()
 
     obs, _ = env.reset(seed=args.seed)
     buffer.begin(obs)
     for step in range(1, args.steps + 1):
         # train the DrQ-v2 policy on R_θ
-        action = rng.uniform(-1, 1, 4) if step <= EXPLORE_STEPS else agent.act(obs, step)
+        action = rng.uniform(-1, 1, 4) if step <= EXPLORE_STEPS else agent.act(obs, step - explore_since)
         obs, sparse_reward, terminated, truncated, info = env.step(action)
         f_t = np.array(list(info["features"].values()))
         r = sparse_reward if reward is None else r_theta(f_t)
@@ -90,56 +97,68 @@ def train(args, llm, run):
             obs, _ = env.reset()
             buffer.begin(obs)
         if step > EXPLORE_STEPS and step % 2 == 0:
-            losses = agent.update(buffer.sample(BATCH[args.obs]), step)
+            losses = agent.update(buffer.sample(BATCH[args.obs]), step - explore_since)
 
         # stop when every one of the evaluation episodes succeeds, twice running
         if step % EVAL_EVERY == 0 and step > EXPLORE_STEPS:
             success, return_ = evaluate(agent, eval_env, reward, theta)
+            successes.append(success)
             run.record_metrics(step, success, return_, losses)
-            say_progress(step, args.steps, success, return_, started)
-            if success == previous_success == 1.0:
+            print_progress(step, args.steps, success, return_, started)
+            if successes[-2:] == [1.0, 1.0]:
                 return step - EVAL_EVERY
-            previous_success = success
 
-        if step % UPDATE_EVERY == 0 and args.reward == "selfalign" and previous_success < 1.0 and step < args.steps:
-            # T ← K trajectories of the replay buffer's last period, spread over the range of R_θ; of its second half,
-            # which shows what the policy has come to do
-            period, period_start = buffer.episodes(since=period_start), buffer.episode_start
-            period = period[len(period) // 2:]
-            features, starts = columns(period, task.features)
-            returns = returns_of(reward, theta, features, starts)
-            chosen = rank_rng.permutation(np.argsort(returns)[np.linspace(0, len(period) - 1, RANKED).round().astype(int)])
-            T, R, before = [period[i] for i in chosen], returns[chosen], theta
+        # a period without any success: explore anew, from half of the schedule on (the same for every kind of reward)
+        if step % UPDATE_EVERY == 0 and not any(successes[-(UPDATE_EVERY // EVAL_EVERY):]):
+            explore_since = step - agent.std[2] // 2
+
+        if step % UPDATE_EVERY == 0 and args.reward == "selfalign" and step < args.steps and not nearly_learnt(successes):
+            # T ← K trajectories; ask the LLM to rank T; rank T by R_θ; D ← D ∪ pairs; a new θ, if there is a better one
             try:
-                # ask the LLM to rank T from their text descriptions; rank T by R_θ
-                groups = rank_attempts(llm, args.task, T)
-                pairs = [(i, j) for rank, better in enumerate(groups) for worse in groups[rank + 1:]
-                         for i in better for j in worse]
-                wrong = [(i, j) for i, j in pairs if not R[i] > R[j]]
-                say_rankings(groups, R, wrong, pairs)
-                if wrong:
-                    # they disagree: D ← D ∪ pairs; θ ← posterior of p(θ | D) by Metropolis-Hastings
-                    preferences += [(len(trajectories) + i, len(trajectories) + j) for i, j in pairs]
-                    trajectories += T
-                    posterior = align(reward, prior, trajectories, preferences, task.features, rank_rng)
-                    theta = dict(zip(theta, posterior.medoid.tolist()))
-                    say_posterior(posterior, before, theta)
-                    run.record_theta(step, "posterior", theta, posterior)
-                else:
-                    # they agree, it fails: ask the LLM what blocks the skill and which parameters to change
-                    blocked_by, changes = analyse_failure(llm, args.task, reward, theta, T, R, previous_success)
-                    theta, prior = {**theta, **changes}, {**prior, **changes}
-                    say_analysis(blocked_by, before, changes)
-                    run.record_theta(step, "analysis", theta)
+                T, age, _ = choose_trajectories(buffer.episodes(), reward, theta, task.features, rank_rng)
+                change = update_theta(llm, args.task, reward, T, age, D, changes, successes, step, rank_rng)
             except (LLMError, SamplerError) as error:
                 print(f"\n  No new θ; training goes on with the one it has.\n  {error}\n", flush=True)
-            else:
+                change = None
+            if change:
                 # relabel the whole replay buffer with the new R_θ
-                totals = (reward.total(features, params) for params in (before, theta))
-                centre, scale = keep_level(*totals, centre, scale)
+                features, _ = columns(buffer.episodes()[-UPDATE_EVERY // EPISODE_STEPS // 2:], task.features)
+                centre, scale = keep_level(reward.total(features, theta), reward.total(features, change.theta), centre, scale)
+                theta = change.theta
                 buffer.relabel(r_theta)
+                changes.append(change)
+                run.record_theta(*change)
                 run.save_reward(reward, theta)
     return None
+
+
+def nearly_learnt(successes):
+    """Whether the skill needs no other reward: it mostly succeeds, or does so more often than ever before.
+
+    successes: success rate of every evaluation so far; an update of θ now could only disturb what works.
+    """
+    evaluations = UPDATE_EVERY // EVAL_EVERY
+    before, period, now = successes[:-evaluations], successes[-evaluations:], np.mean(successes[-3:])
+    return now >= 0.8 or (now >= 0.4 and max(period) > max(before, default=0.0))
+
+
+def choose_trajectories(episodes, reward, theta, names, rng):
+    """T: K of the episodes, (T, F) arrays, oldest first, in random order; the age of each, counted in periods; and its index.
+
+    A quarter are the last period's newest, which show what the policy has come to do, and a quarter those that were the
+    newest one period before, so that the LLM sees whether the last θ made the robot better or worse. The others are
+    spread over the range of R_θ in the last period, and over all of it where there is no period before.
+    """
+    period = UPDATE_EVERY // EPISODE_STEPS
+    end, quarter = len(episodes), RANKED // 4
+    last = np.arange(max(0, end - period), end)
+    newest = [np.linspace(stop - period // 4, stop - 1, quarter).round().astype(int)
+              for stop in (end, end - period) if stop >= period // 2]
+    rest = np.setdiff1d(last, np.concatenate(newest))
+    by_return = rest[np.argsort(returns_of(reward, theta, *columns([episodes[i] for i in rest], names)))]
+    spread = by_return[np.linspace(0, len(rest) - 1, RANKED - quarter * len(newest)).round().astype(int)]
+    chosen = rng.permutation(np.concatenate([*newest, spread]))
+    return [episodes[i] for i in chosen], (end - 1 - chosen) / period, chosen
 
 
 def random_features(task):
@@ -197,15 +216,89 @@ def returns_of(reward, theta, features, starts):
     return np.add.reduceat(reward.total(features, theta), starts, axis=-1)
 
 
-def align(reward, prior, trajectories, preferences, names, rng):
-    """The posterior of θ given preferences, pairs of indices into `trajectories`; prior: θ's centre by name."""
-    features, starts = columns(trajectories, names)
+Change = namedtuple("Change", "step cause theta prior posterior", defaults=(None,))    # of θ; prior: the prior's centre
+
+
+def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
+    """One update of θ: a `Change`, or None where θ is best left as it is.
+
+    D grows by the LLM's ranking of T. Then, in this order:
+    - where the last change of θ made the robot worse in the LLM's eyes, it is undone;
+    - where the rankings disagree, θ is the mean of p(θ | D), if the sampler has mixed and the mean explains D better;
+    - else, where the robot has stopped getting better, the LLM is asked what blocks it.
+    """
+    names, now, change = TASKS[task].features, changes[-1], None
+    groups = rank_attempts(llm, task, T)
+    pairs = pairs_of(groups)
+    D.append((T, pairs))
+    place = np.empty(len(T))
+    for rank, group in enumerate(groups):
+        place[group] = rank
+
+    if now.cause != "undone" and len(changes) > 1 and preferred(place, (1 <= age) & (age < 2), age < 0.25) > WORSE:
+        now = change = changes[-2]._replace(step=step, cause="undone", posterior=None)
+    R = returns_of(reward, now.theta, *columns(T, names))
+    wrong = discordant(R, pairs)
+    print_rankings(groups, R, wrong, pairs, change)
+
+    if wrong.sum() > DISCORDANT * len(pairs):
+        posterior = align(reward, now.prior, D, names, rng)
+        theta = dict(zip(now.theta, posterior.mean.tolist()))
+        gain = explained(reward, theta, D, names) - explained(reward, now.theta, D, names)
+        print_posterior(posterior, now.theta, theta, gain)
+        if posterior.mixed and gain > GAIN:
+            return Change(step, "posterior", theta, now.prior, posterior)
+
+    if change is None and preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER:
+        blocked_by, params = analyse_failure(llm, task, reward, T, R, changes, successes)
+        print_analysis(blocked_by, now.theta, params)
+        if params:
+            return Change(step, "analysis", {**now.theta, **params}, {**now.prior, **params})
+    return change
+
+
+def pairs_of(groups):
+    """The pairs (better, worse), (M, 2), of a ranking: groups of equally good indices, best first."""
+    return np.array([(i, j) for rank, better in enumerate(groups) for worse in groups[rank + 1:]
+                     for i in better for j in worse], dtype=int).reshape(-1, 2)
+
+
+def discordant(returns, pairs):
+    """(M,) 1 for each pair that R_θ orders the other way round, 1/2 where it sees no difference, else 0."""
+    margin = returns[pairs[:, 0]] - returns[pairs[:, 1]]
+    return np.where(margin > 0, 0.0, np.where(margin < 0, 1.0, 0.5))
+
+
+def explained(reward, theta, D, names):
+    """Share of the pairs of D that R_θ orders as the LLM does, each ranking counted alike."""
+    shares = [1 - discordant(returns_of(reward, theta, *columns(T, names)), pairs).mean() for T, pairs in D if len(pairs)]
+    return float(np.mean(shares))
+
+
+def preferred(place, some, others):
+    """How likely the LLM ranks one of `some` above one of `others`, ties counted half; 0.5 where there are none.
+
+    place: (K,) places in the ranking, 0 the best. some, others: (K,) bool.
+    """
+    if not some.any() or not others.any():
+        return 0.5
+    difference = place[others][None, :] - place[some][:, None]
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def align(reward, prior, D, names, rng):
+    """The posterior p(θ | D); prior: θ's centre by name. A ranking of K weighs its pairs 2/K, see mh.py."""
+    features, starts = columns([tau for T, _ in D for tau in T], names)
+    offsets = np.cumsum([0] + [len(T) for T, _ in D[:-1]])
+    pairs = np.concatenate([pairs + offset for (_, pairs), offset in zip(D, offsets)])
+    weights = np.concatenate([np.full(len(pairs), 2 / len(T)) for T, pairs in D])
 
     def log_likelihood(theta):
         params = {name: theta[:, i:i + 1] for i, name in enumerate(prior)}
         returns = returns_of(reward, params, features, starts)
         # An infinite return would seem to explain every preference for its trajectory.
-        return np.where(np.isfinite(returns).all(axis=-1), -preference_loss(returns, preferences), -np.inf)
+        finite = np.isfinite(returns).all(axis=-1)
+        return np.where(finite, -preference_loss(np.where(finite[:, None], returns, 0.0), pairs, weights), -np.inf)
 
     return sample_posterior(log_likelihood, list(prior.values()), rng=rng)
 
@@ -226,16 +319,22 @@ def rank_attempts(llm, task, trajectories):
     return [[label - 1 for label in group] for group in groups]
 
 
-def analyse_failure(llm, task, reward, theta, trajectories, returns, success):
-    """(what blocks the skill, new values of some parameters), by the LLM."""
-    order = np.argsort(-returns)
+def analyse_failure(llm, task, reward, trajectories, returns, changes, successes):
+    """(what blocks the skill, new values of some parameters, none if none is to blame), by the LLM."""
+    theta = changes[-1].theta
+    order = np.argsort(-returns)[np.unique(np.linspace(0, len(returns) - 1, ANALYSED).round().astype(int))]
     notes = []
     for i in order:
         terms = reward.terms(dict(zip(TASKS[task].features, trajectories[i].T)), theta)
-        notes.append(f"reward {returns[i]:.2f} = " + " + ".join(f"{v.sum():.2f} ({k})" for k, v in terms.items()))
-    question = prompt("analyse", task=task, goal=TASKS[task].goal, features=describe_features(task),
-                      reward=reward.source_with(theta).strip(), success=round(success * EVAL_EPISODES),
-                      episodes=EVAL_EPISODES, trajectories=describe(task, [trajectories[i] for i in order], notes))
+        notes.append(f"reward per step {returns[i] / len(trajectories[i]):.3g} = " +
+                     " + ".join(f"{term.mean():.3g} ({name})" for name, term in terms.items()))
+    first = EXPLORE_STEPS // EVAL_EVERY + 1
+    question = prompt("analyse", **task_words(task), reward=reward.source_with(theta).strip(),
+                      history="\n".join(f"- {change.step:,} steps, {change.cause}: "
+                                        + ", ".join(f"{name}={value:.3g}" for name, value in change.theta.items())
+                                        for change in changes),
+                      progress=", ".join(f"{(first + i) * EVAL_EVERY:,}: {success:.0%}" for i, success in enumerate(successes)),
+                      trajectories=describe(task, [trajectories[i] for i in order], notes))
     return llm.ask("analyse", question, lambda text: read_analysis(text, theta))
 
 
@@ -301,8 +400,8 @@ class Run:
         torch.save(self.policy.state_dict(), buffer)
         self._write("policy.pt", buffer.getvalue())
 
-    def record_theta(self, step, cause, theta, posterior=None):
-        """θ after the proposal, a posterior (with its 90 % interval and diagnostics) or a failure analysis."""
+    def record_theta(self, step, cause, theta, prior, posterior=None):
+        """θ after the proposal, a posterior (with its 90 % interval and diagnostics), a failure analysis or undoing one."""
         blank = [[""] * len(theta)] * 4
         extra = blank if posterior is None else [*posterior.interval(0.9), posterior.rhat, posterior.ess]
         for name, value, *rest in zip(theta, theta.values(), *extra):
@@ -358,12 +457,12 @@ class Run:
             self.failed[name] = error
 
 
-def say_reward(reward):
+def print_reward(reward):
     print("\nThe proposed reward R_θ; its defaults are the initial θ:\n")
     print("    " + reward.source.strip().replace("\n", "\n    ") + "\n", flush=True)
 
 
-def say_progress(step, steps, success, return_, started):
+def print_progress(step, steps, success, return_, started):
     speed = step / (time.monotonic() - started)
     seconds = int((steps - step) / speed)
     left = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
@@ -372,30 +471,31 @@ def say_progress(step, steps, success, return_, started):
           f"at most {left} left", flush=True)
 
 
-def say_rankings(groups, returns, wrong, pairs):
+def print_rankings(groups, returns, wrong, pairs, undone):
     by_reward = np.argsort(-returns, kind="stable")
-    print(f"\n  Ranking {len(returns)} trajectories of the last period, best first")
+    print(f"\n  Ranking {len(returns)} trajectories, best first")
     print("    LLM     " + " > ".join(" = ".join(str(i + 1) for i in group) for group in groups))
     print("    reward  " + " > ".join(str(i + 1) for i in by_reward))
-    print(f"  They disagree on {len(wrong)} of the {len(pairs)} pairs that the LLM orders"
-          + (": " + ", ".join(f"{i + 1}>{j + 1}" for i, j in wrong[:8]) + (", ..." if len(wrong) > 8 else "")
-             if wrong else "."), flush=True)
+    if undone:
+        print("  The robot did better before the last change of θ, by the LLM's ranking: that change is undone.")
+    print(f"  R_θ orders {wrong.sum() / max(1, len(pairs)):.0%} of the {len(pairs):,} pairs that the LLM orders the other way "
+          "round.", flush=True)
 
 
-def say_posterior(posterior, before, after):
+def print_posterior(posterior, before, after, gain):
     chains, draws, _ = posterior.samples.shape
     print(f"\n  Metropolis-Hastings, {chains} chains of {draws:,} draws: acceptance {posterior.acceptance:.2f}, "
           f"R-hat up to {posterior.rhat.max():.3f}, effective sample size from {posterior.ess.min():.0f}")
-    if not posterior.mixed:
-        print("  The sampler has NOT mixed: take this θ and its intervals with care.")
     print(f"    {'θ':<20} {'before':>10} {'after':>10}   90 % interval")
     for name, low, high in zip(after, *posterior.interval(0.9)):
         print(f"    {name:<20} {before[name]:>10.4g} {after[name]:>10.4g}   {low:.3g} to {high:.3g}")
-    print(flush=True)
+    taken = "" if posterior.mixed and gain > GAIN else (
+        "; not taken: " + ("that is no better" if posterior.mixed else "the sampler has NOT mixed"))
+    print(f"  It explains {gain:+.1%} of the pairs ranked so far{taken}.\n", flush=True)
 
 
-def say_analysis(blocked_by, before, changes):
-    print(f"\n  They agree, yet the skill fails. What blocks it, in the LLM's words: {blocked_by}")
+def print_analysis(blocked_by, before, changes):
+    print(f"\n  Asked what blocks the skill, the LLM says: {blocked_by}" + ("" if changes else "\n  It changes nothing."))
     for name, value in changes.items():
         print(f"    {name:<20} {before[name]:>10.4g} {value:>10.4g}")
     print(flush=True)
@@ -440,7 +540,7 @@ def choose_backend(args):
         return backend, f"{backend.model} at {backend.shown_url}"
     if kind == "offline":
         why = "" if args.llm == "offline" else " (OPENAI_API_KEY and OPENAI_BASE_URL are not set)"
-        return Offline(), f"offline stand-in{why}: scripted answers, NOT a language model"
+        return StandIn(), f"offline stand-in{why}: scripted answers, NOT a language model"
     if kind == "manual":
         return Manual(), "you: paste the answers at the prompt"
     if kind.startswith("replay:"):

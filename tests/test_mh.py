@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from mh import effective_sample_size, medoid, metropolis_hastings, preference_loss, sample_posterior, split_rhat
+from mh import (POWERS, SamplerError, effective_sample_size, metropolis_hastings, preference_loss, sample_posterior,
+                split_rhat)
 
 
 def normal_cdf(x):
@@ -23,8 +24,23 @@ def test_loss_is_the_equation():
     np.testing.assert_allclose(preference_loss(batch, pairs), [expected, 2 * math.log(2)])
 
 
+def test_loss_counts_each_pair_by_its_weight():
+    returns, pairs, weights, beta = [1.0, 3.0, 2.5], [(1, 0), (0, 2), (1, 2)], [0.5, 2.0, 0.25], 0.7
+    expected = 0.0
+    for (i, j), weight in zip(pairs, weights):
+        a, b = math.exp(beta * returns[i]), math.exp(beta * returns[j])
+        expected -= weight * math.log(a / (a + b))
+    assert preference_loss(returns, pairs, np.array(weights), beta) == pytest.approx(expected)
+    batch = np.array([returns, [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(preference_loss(batch, pairs, np.array(weights), beta), [expected, 2.75 * math.log(2)])
+    # One number weighs all pairs alike, and 1 is the paper's.
+    assert preference_loss(returns, pairs, 0.25) == pytest.approx(preference_loss(returns, pairs) / 4)
+    assert preference_loss(returns, pairs, np.ones(3)) == pytest.approx(preference_loss(returns, pairs))
+
+
 def test_loss_of_no_pairs_and_of_huge_returns():
     assert preference_loss([1.0, 2.0], []) == 0
+    assert preference_loss([1.0, 2.0], [], np.array([])) == 0
     assert preference_loss([1e6, -1e6], [(0, 1)]) == 0
     assert preference_loss([1e6, -1e6], [(1, 0)]) == pytest.approx(0.9 * 2e6)
 
@@ -37,24 +53,58 @@ def test_posterior_of_gaussian_likelihoods():
         return -0.5 * ((np.log(theta[:, 0]) - 1.5) / 0.5) ** 2 - 0.5 * (theta[:, 1] - 3.0) ** 2
 
     posterior = sample_posterior(log_likelihood, [2.0, 0.0], prior_std, rng=np.random.default_rng(1))
-    for x, middle, mean, std in ((np.log(posterior.samples[..., 0]), math.log(2.0), 1.5, 0.5),
-                                 (posterior.samples[..., 1], 0.0, 3.0, 1.0)):
+    estimates = math.log(posterior.mean[0]), posterior.mean[1]         # a geometric mean where θ is positive
+    for x, estimate, middle, mean, std in (
+            (np.log(posterior.samples[..., 0]), estimates[0], math.log(2.0), 1.5, 0.5),
+            (posterior.samples[..., 1], estimates[1], 0.0, 3.0, 1.0)):
         variance = 1 / (1 / prior_std ** 2 + 1 / std ** 2)
         expected = variance * (middle / prior_std ** 2 + mean / std ** 2)
         assert x.mean() == pytest.approx(expected, abs=0.1 * std)
         assert x.std() == pytest.approx(math.sqrt(variance), rel=0.1)
+        assert estimate == pytest.approx(x.mean())
     assert posterior.mixed
-    assert posterior.samples.shape == (8, 6000, 2)
+    assert posterior.samples.shape == (8, 1000, 2)
+    assert posterior.mean.shape == posterior.rhat.shape == posterior.ess.shape == (2,)
+    assert posterior.interval(0.9).shape == (2, 2)
     low, high = posterior.interval(0.9)
-    assert (low < posterior.medoid).all() and (posterior.medoid < high).all()
+    assert (low < posterior.mean).all() and (posterior.mean < high).all()
+    for i in range(2):
+        inside = (low[i] <= posterior.samples[..., i]) & (posterior.samples[..., i] <= high[i])
+        assert inside.mean() == pytest.approx(0.9, abs=0.002)
 
 
-def test_medoid_lies_where_draws_are_and_medians_need_not():
-    # Three modes on three axes: the medians of each parameter meet at the origin, where there is no draw.
-    rng = np.random.default_rng(0)
-    draws = np.repeat(np.eye(3), [320, 280, 200], axis=0) + 0.01 * rng.standard_normal((800, 3))
-    np.testing.assert_allclose(np.median(draws, axis=0), [0, 0, 0], atol=0.05)
-    np.testing.assert_allclose(medoid(draws.reshape(8, 100, 3)), [1, 0, 0], atol=0.05)
+def test_what_the_likelihood_ignores_keeps_its_centre():
+    # Only the second of three parameters is informed: ten times its centre, give or take a fifth.
+    def log_likelihood(theta):
+        return -0.5 * ((np.log(theta[:, 1]) - math.log(20.0)) / 0.2) ** 2
+
+    for seed in range(3):
+        posterior = sample_posterior(log_likelihood, [5.0, 2.0, -3.0], rng=np.random.default_rng(seed))
+        assert posterior.mixed
+        # An error of the mean that happens once in ten thousand times, in units of the prior's spread.
+        error = 4 / np.sqrt(posterior.ess)
+        assert math.log(posterior.mean[0] / 5.0) == pytest.approx(0, abs=math.log(10) * error[0])
+        assert posterior.mean[2] == pytest.approx(-3.0, abs=3 * math.log(10) * error[2])
+        shrunk = 1 / (1 + (0.2 / math.log(10)) ** 2)
+        assert math.log(posterior.mean[1] / 2.0) == pytest.approx(shrunk * math.log(10), abs=0.2 * error[1])
+
+
+def test_every_rung_has_its_own_target():
+    # Conjugate once more, in the space of the sampler: to rung t the likelihood is as informative as powers[t] says.
+    means, stds, powers = np.array([1.5, -1.0]), np.array([0.5, 0.2]), (1.0, 0.5, 0.2, 0.05)
+
+    def log_likelihood(z):
+        return -0.5 * (((z - means) / stds) ** 2).sum(axis=-1)
+
+    rng = np.random.default_rng(4)
+    draws, acceptance = metropolis_hastings(log_likelihood, lambda z: -0.5 * (z ** 2).sum(axis=-1),
+                                            rng.standard_normal((4, 6, 2)), 1000, 2000, rng, powers)
+    assert draws.shape == (4, 6, 2000, 2) and 0.2 < acceptance < 0.8
+    for rung, power in zip(draws, powers):
+        variance = 1 / (1 + power / stds ** 2)
+        error = 4 * np.sqrt(variance / effective_sample_size(rung))
+        assert (np.abs(rung.mean(axis=(0, 1)) - variance * power * means / stds ** 2) < error).all()
+        np.testing.assert_allclose(rung.std(axis=(0, 1)), np.sqrt(variance), rtol=0.1)
 
 
 def test_posterior_of_a_threshold():
@@ -108,7 +158,7 @@ def test_same_seed_same_draws():
     def log_likelihood(theta):
         return -theta[:, 0]
 
-    a, b = (sample_posterior(log_likelihood, [1.0], rng=np.random.default_rng(5), burn_in=50, steps=50) for _ in "ab")
+    a, b = (sample_posterior(log_likelihood, [1.0], rng=np.random.default_rng(5), steps=(50,)) for _ in "ab")
     np.testing.assert_array_equal(a.samples, b.samples)
 
 
@@ -119,8 +169,8 @@ def test_impossible_regions_are_avoided_and_impossible_likelihoods_refused():
 
     posterior = sample_posterior(log_likelihood, [1.0], rng=np.random.default_rng(0))
     assert posterior.samples.min() >= 1
-    with pytest.raises(ValueError, match="finite likelihood"):
-        sample_posterior(lambda theta: np.full(len(theta), np.nan), [1.0], burn_in=20, steps=20)
+    with pytest.raises(SamplerError, match="finite likelihood"):
+        sample_posterior(lambda theta: np.full(len(theta), np.nan), [1.0], steps=(20,))
 
 
 def test_narrow_support_is_found_and_kept():
@@ -128,19 +178,55 @@ def test_narrow_support_is_found_and_kept():
     def log_likelihood(theta):
         return np.where((theta[:, 0] > 2) & (theta[:, 0] < 2.04), 0.0, -np.inf)
 
-    posterior = sample_posterior(log_likelihood, [1.0], rng=np.random.default_rng(0), burn_in=2000, steps=2000)
+    posterior = sample_posterior(log_likelihood, [1.0], rng=np.random.default_rng(0), steps=(1000,))
     assert posterior.samples.min() > 2 and posterior.samples.max() < 2.04
 
 
+def test_no_draw_ever_lies_where_the_likelihood_is_zero():
+    # A square that the prior covers with 4 % down to 0.0003 %: found and then never left, or not found, which is said.
+    outcomes = []
+    for width in (0.3, 0.1, 0.03, 0.01, 0.003):
+        def log_likelihood(theta):
+            return np.where((np.abs(np.log(theta) - 1) < width).all(axis=1), 0.0, -np.inf)
+
+        for seed in range(5):
+            try:
+                posterior = sample_posterior(log_likelihood, [1.0, 1.0], steps=(150,), rng=np.random.default_rng(seed))
+            except SamplerError:
+                outcomes.append("not found")
+            else:
+                outcomes.append("found")
+                assert np.isfinite(log_likelihood(posterior.samples.reshape(-1, 2))).all()
+    assert outcomes[:5] == ["found"] * 5 and outcomes[-5:] == ["not found"] * 5
+
+
+def test_lost_chains_go_on_from_one_that_is_not():
+    # One chain of 24 starts where the likelihood is above zero, on any rung; no other would ever get there.
+    def log_likelihood(z):
+        return np.where((np.abs(z - 3) < 0.001).all(axis=-1), 0.0, -np.inf)
+
+    for rung in range(3):
+        start = np.zeros((3, 8, 5))
+        start[rung, 2] = 3.0
+        draws, _ = metropolis_hastings(log_likelihood, lambda z: -0.5 * (z ** 2).sum(axis=-1), start, 40, 20,
+                                       np.random.default_rng(rung))
+        assert np.isfinite(log_likelihood(draws)).all()
+    with pytest.raises(SamplerError, match="finite likelihood"):
+        metropolis_hastings(log_likelihood, lambda z: -0.5 * (z ** 2).sum(axis=-1), np.zeros((3, 8, 5)), 40, 20,
+                            np.random.default_rng(0))
+
+
 def test_what_is_kept_comes_from_one_fixed_kernel():
-    # With a flat likelihood the prior is the target; the acceptance rate is that of the kept part alone.
+    # With a flat likelihood the prior is the target; the acceptance rate is that of the kept part alone. On a ladder of
+    # one rung nothing but accepted proposals moves a chain.
     draws, acceptance = metropolis_hastings(lambda z: np.zeros(len(z)), lambda z: -0.5 * (z ** 2).sum(axis=-1),
-                                            np.zeros((8, 2)), 500, 3000, np.random.default_rng(0))
-    moved = (np.diff(draws, axis=1) != 0).any(axis=-1)
+                                            np.zeros((1, 8, 2)), 500, 3000, np.random.default_rng(0), (1.0,))
+    assert draws.shape == (1, 8, 3000, 2)
+    moved = (np.diff(draws[0], axis=1) != 0).any(axis=-1)
     assert acceptance == pytest.approx(moved.mean(), abs=0.001)
     assert draws.std() == pytest.approx(1, abs=0.05)
     with pytest.raises(ValueError, match="burn_in"):
-        sample_posterior(lambda theta: theta[:, 0], [1.0], burn_in=0)
+        sample_posterior(lambda theta: theta[:, 0], [1.0], steps=(1,))
 
 
 def test_diagnostics_tell_mixed_from_stuck():
@@ -167,11 +253,48 @@ def test_effective_sample_size_of_an_autoregression():
     assert effective_sample_size(x) == pytest.approx(8 * 4000 * (1 - rho) / (1 + rho), rel=0.2)
 
 
-def test_two_far_modes_that_no_small_step_connects():
-    # A mixture of two narrow modes 4 prior standard deviations apart, with masses 1 and 3.
-    def log_likelihood(theta):
-        z = np.log(theta[:, 0]) / math.log(10)
-        return np.logaddexp(-0.5 * ((z + 2) / 0.05) ** 2, math.log(3) - 0.5 * ((z - 2) / 0.05) ** 2)
+def two_far_modes(theta):
+    """A mixture of two narrow modes 4 prior standard deviations apart, with masses 1 and 3."""
+    z = np.log(theta[:, 0]) / math.log(10)
+    return np.logaddexp(-0.5 * ((z + 2) / 0.05) ** 2, math.log(3) - 0.5 * ((z - 2) / 0.05) ** 2)
 
-    posterior = sample_posterior(log_likelihood, [1.0], rng=np.random.default_rng(2), steps=12000)
-    assert (posterior.samples > 1).mean() == pytest.approx(0.75, abs=0.12)
+
+def test_two_far_modes_that_no_small_step_connects():
+    for seed in range(3):
+        posterior = sample_posterior(two_far_modes, [1.0], steps=(4000,), rng=np.random.default_rng(seed))
+        assert (posterior.samples > 1).mean() == pytest.approx(0.75, abs=0.05)
+
+
+def test_longer_runs_follow_until_the_draws_have_mixed():
+    def sampled(*steps):
+        calls = []
+
+        def log_likelihood(theta):
+            calls.append(len(theta))
+            return two_far_modes(theta)
+        posterior = sample_posterior(log_likelihood, [1.0], steps=steps, rng=np.random.default_rng(0))
+        return posterior, sum(calls)
+
+    def evaluations(*steps):             # of all chains: each at the start, then at each step of burn-in and of the rest
+        return sum(len(POWERS) * 8 * (1 + 2 * n) for n in steps)
+
+    short, count = sampled(20, 40)       # none is long enough: the last one is returned all the same
+    assert not short.mixed and short.samples.shape == (8, 40, 1) and count == evaluations(20, 40)
+    long, count = sampled(20, 40, 4000, 8000)
+    assert long.mixed and long.samples.shape == (8, 4000, 1) and count == evaluations(20, 40, 4000)
+    first, count = sampled(4000, 8000)
+    assert first.mixed and first.samples.shape == (8, 4000, 1) and count == evaluations(4000)
+
+
+def test_a_longer_run_goes_on_where_the_last_one_ended():
+    # The chains start as draws from the prior once, whatever the number of runs; then from the last draws.
+    firsts = []
+
+    def log_likelihood(theta):
+        firsts.append(theta.copy())
+        return -0.5 * ((np.log(theta[:, 0]) - 10) / 0.01) ** 2
+
+    posterior = sample_posterior(log_likelihood, [1.0], steps=(200, 4), rng=np.random.default_rng(0))
+    second = np.log(firsts[len(POWERS) * (1 + 400)])                    # the cold rung of the second run
+    np.testing.assert_allclose(second, 10, atol=0.1)
+    assert posterior.samples.shape == (8, 4, 1)

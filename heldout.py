@@ -1,0 +1,104 @@
+"""Is a new θ better on trajectories that it has not seen? An update of θ judged in seconds, without training.
+
+    python heldout.py runs/push-selfalign-1                                  # the stand-in's proposal
+    python heldout.py runs/push-selfalign-1 my_reward.md reward.py --wrong   # others, and each number wrong tenfold
+
+Takes the episodes of a run. The scripted stand-in ranks K of the first period, θ is updated as in the loop, and R_θ then
+orders *other* episodes by pairs: `held` are the rest of that period's second half, `late` what came after it. Printed is
+the share of pairs that R_θ orders as the stand-in's progress score does, before and after the update. A pair counts
+where scores differ by more than the stand-in's tolerance; one that R_θ leaves equal counts half.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import standin
+from envs import EPISODE_STEPS, TASKS
+from llm import LLM, prompt, read_code
+from mh import SamplerError
+from reward import Reward, RewardError
+from selfalign import (GAIN, UPDATE_EVERY, align, choose_trajectories, columns, describe, discordant, explained, pairs_of,
+                       rank_attempts, returns_of)
+
+MOST = 150      # episodes of each kind that are compared
+
+
+def scores_of(task, episodes):
+    """The stand-in's progress score of each episode, read off its description as in a ranking."""
+    return np.array([standin.score(task, attempt) for attempt in standin.attempts_of(describe(task, episodes)).values()])
+
+
+def accuracy(reward, theta, names, episodes, scores):
+    """Share of the pairs of episodes with clearly different scores that R_θ orders as the scores do; NaN without any."""
+    pairs = np.argwhere(scores[:, None] - scores[None, :] > standin.EQUAL)
+    if not len(pairs):
+        return np.nan
+    return 1 - discordant(returns_of(reward, theta, *columns(episodes, names)), pairs).mean()
+
+
+def judge(task, reward, theta, episodes, scores, seed=0):
+    """One update of θ after the first period: a dict of accuracies, whether it is taken, and the sampler's diagnostics."""
+    names, period, rng = TASKS[task].features, UPDATE_EVERY // EPISODE_STEPS, np.random.default_rng(seed)
+    T, age, chosen = choose_trajectories(episodes[:period], reward, theta, names, rng)
+    D = [(T, pairs_of(rank_attempts(LLM(standin.StandIn(), lambda exchange: None), task, T)))]
+    posterior = align(reward, theta, D, names, rng)
+    new = dict(zip(theta, posterior.mean.tolist()))
+    gain = explained(reward, new, D, names) - explained(reward, theta, D, names)
+    groups = {"T": chosen, "held": np.setdiff1d(np.arange(period // 2, min(period, len(episodes))), chosen)[:MOST],
+              "late": np.arange(period, len(episodes))}
+    groups["late"] = groups["late"][np.linspace(0, len(groups["late"]) - 1, min(MOST, len(groups["late"]))).astype(int)]
+    result = {"taken": int(posterior.mixed and gain > GAIN), "rhat": posterior.rhat.max(), "ess": posterior.ess.min()}
+    for kind, chosen in groups.items():
+        some = [episodes[i] for i in chosen]
+        for when, params in (("before", theta), ("after", new)):
+            result[f"{kind}_{when}"] = accuracy(reward, params, names, some, scores[chosen]) if some else np.nan
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a run, with settings.json and episodes.npz")
+    parser.add_argument("proposal", nargs="*", help="files with rewards (default: the stand-in's own proposal)")
+    parser.add_argument("--wrong", action="store_true", help="also each parameter ten times too large and too small")
+    args = parser.parse_args()
+    try:
+        task = json.loads((Path(args.run) / "settings.json").read_text())["task"]
+        with np.load(Path(args.run) / "episodes.npz") as archive:
+            episodes = [archive[f"arr_{i}"].astype(float) for i in range(len(archive.files))]
+    except (OSError, ValueError, LookupError) as error:
+        sys.exit(f"{args.run} holds no finished run: {error}")
+    if len(episodes) < UPDATE_EVERY // EPISODE_STEPS:
+        sys.exit(f"{args.run} has {len(episodes)} episodes; one update of θ needs {UPDATE_EVERY // EPISODE_STEPS}")
+    scores = scores_of(task, episodes)
+    columns_ = [f"{kind}_{when}" for kind in ("T", "held", "late") for when in ("before", "after")] + ["taken", "rhat", "ess"]
+    print(",".join(["run", "proposal", "parameter", "factor", *columns_]))
+    rows = []
+    for path in args.proposal or ["(stand-in)"]:
+        try:
+            text = Path(path).read_text(encoding="utf-8") if args.proposal else prompt(f"offline/{task}")
+            reward = Reward(read_code(text), TASKS[task].features)
+        except (OSError, ValueError) as error:
+            sys.exit(f"{path} holds no reward for {task}: {error}")
+        for name, factor in [("", 1.0)] + [(name, f) for name in reward.params for f in (10.0, 0.1) if args.wrong]:
+            theta = {**reward.params, **({name: reward.params[name] * factor} if name else {})}
+            try:
+                result = judge(task, reward, theta, episodes, scores)
+            except (SamplerError, RewardError) as error:
+                sys.exit(f"{path}, {name} x {factor:g}: {error}")
+            rows.append([result[column] for column in columns_])
+            print(",".join([args.run, Path(path).name, name, f"{factor:g}", *(f"{value:.4g}" for value in rows[-1])]), flush=True)
+    mean = np.nanmean(rows, axis=0)
+    change = np.array(rows)[:, [3, 5]] - np.array(rows)[:, [2, 4]]
+    print(f"mean of {len(rows)}: " + ", ".join(f"{kind} {mean[i]:.3f} -> {mean[i + 1]:.3f}" for kind, i in
+                                             (("T", 0), ("held", 2), ("late", 4)))
+          + f"; worst change held {np.nanmin(change[:, 0]):+.3f}, late {np.nanmin(change[:, 1]):+.3f}; "
+          f"taken {mean[6]:.0%}; R-hat up to {np.max([row[7] for row in rows]):.3f}, "
+          f"effective sample size from {np.min([row[8] for row in rows]):.0f}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
