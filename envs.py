@@ -75,7 +75,7 @@ TASKS = {
     "touch": Task(
         goal="Touch the block and keep contact with it for 10 consecutive control steps (0.5 s), gently: the contact "
              "force must never exceed 2 N and the block must never be further than 0.05 m from where it started, at "
-             "any time of the attempt. The gripper stays closed and starts 0.1 to 0.2 m from the block.",
+             "any time of the attempt. The gripper stays closed and starts 0.1 to 0.23 m from the block.",
         features=("hand_to_block", "hand_beside_block", "hand_above_block", "hand_height", "hand_speed", "contact_force",
                   "block_displacement", "block_speed"),
         stages=(("hand_to_block", "<=", 0.05),),
@@ -83,7 +83,8 @@ TASKS = {
         limits=(("contact_force", ">", 2.0), ("block_displacement", ">", 0.05))),
     "grasp": Task(
         goal="Grasp the block and lift it: hold it between both fingers with its underside 0.08 m or more above the "
-             "table for 5 consecutive control steps (0.25 s). The gripper starts open, 0.12 m above the block.",
+             "table for 5 consecutive control steps (0.25 s). The gripper starts open, about 0.12 m higher than the block and up to 0.12 m, mostly "
+             "0.06 m, beside it.",
         features=("hand_to_block", "hand_beside_block", "hand_above_block", "hand_height", "gripper_opening",
                   "contact_force", "grip_force", "block_height", "block_displacement"),
         stages=(("hand_to_block", "<=", 0.02), ("grip_force", ">", 0.0)),

@@ -21,7 +21,7 @@ from envs import EPISODE_STEPS, TASKS
 from llm import LLM, prompt, read_code
 from mh import SamplerError
 from reward import Reward, RewardError
-from selfalign import (GAIN, UPDATE_EVERY, align, choose_trajectories, columns, describe, discordant, explained, pairs_of,
+from selfalign import (DISCORDANT, GAIN, UPDATE_EVERY, align, choose_trajectories, columns, describe, discordant, explained, pairs_of,
                        rank_attempts, returns_of)
 
 MOST = 150      # episodes of each kind that are compared
@@ -45,13 +45,16 @@ def judge(task, reward, theta, episodes, scores, seed=0):
     names, period, rng = TASKS[task].features, UPDATE_EVERY // EPISODE_STEPS, np.random.default_rng(seed)
     T, age, chosen = choose_trajectories(episodes[:period], reward, theta, names, rng)
     D = [(T, pairs_of(rank_attempts(LLM(standin.StandIn(), lambda exchange: None), task, T)))]
-    posterior = align(reward, theta, D, names, rng)
-    new = dict(zip(theta, posterior.mean.tolist()))
-    gain = explained(reward, new, D, names) - explained(reward, theta, D, names)
+    before, new, result = explained(reward, theta, D, names), theta, {"taken": 0, "rhat": np.nan, "ess": np.nan}
+    if before < 1 - DISCORDANT:                    # the steps of `selfalign.update_theta` that concern the posterior
+        posterior = align(reward, theta, D, names, rng)
+        mean = dict(zip(theta, posterior.mean.tolist()))
+        taken = posterior.mixed and explained(reward, mean, D, names) - before > GAIN
+        new = mean if taken else theta
+        result = {"taken": int(taken), "rhat": posterior.rhat.max(), "ess": posterior.ess.min()}
     groups = {"T": chosen, "held": np.setdiff1d(np.arange(period // 2, min(period, len(episodes))), chosen)[:MOST],
               "late": np.arange(period, len(episodes))}
     groups["late"] = groups["late"][np.linspace(0, len(groups["late"]) - 1, min(MOST, len(groups["late"]))).astype(int)]
-    result = {"taken": int(posterior.mixed and gain > GAIN), "rhat": posterior.rhat.max(), "ess": posterior.ess.min()}
     for kind, chosen in groups.items():
         some = [episodes[i] for i in chosen]
         for when, params in (("before", theta), ("after", new)):
@@ -74,8 +77,8 @@ def main():
     if len(episodes) < UPDATE_EVERY // EPISODE_STEPS:
         sys.exit(f"{args.run} has {len(episodes)} episodes; one update of θ needs {UPDATE_EVERY // EPISODE_STEPS}")
     scores = scores_of(task, episodes)
-    columns_ = [f"{kind}_{when}" for kind in ("T", "held", "late") for when in ("before", "after")] + ["taken", "rhat", "ess"]
-    print(",".join(["run", "proposal", "parameter", "factor", *columns_]))
+    header = [f"{kind}_{when}" for kind in ("T", "held", "late") for when in ("before", "after")] + ["taken", "rhat", "ess"]
+    print(",".join(["run", "proposal", "parameter", "factor", *header]))
     rows = []
     for path in args.proposal or ["(stand-in)"]:
         try:
@@ -88,16 +91,17 @@ def main():
             try:
                 result = judge(task, reward, theta, episodes, scores)
             except (SamplerError, RewardError) as error:
-                sys.exit(f"{path}, {name} x {factor:g}: {error}")
-            rows.append([result[column] for column in columns_])
+                print(f"{path}, {name} x {factor:g}: {error}", file=sys.stderr)
+                continue
+            rows.append([result[column] for column in header])
             print(",".join([args.run, Path(path).name, name, f"{factor:g}", *(f"{value:.4g}" for value in rows[-1])]), flush=True)
     mean = np.nanmean(rows, axis=0)
     change = np.array(rows)[:, [3, 5]] - np.array(rows)[:, [2, 4]]
     print(f"mean of {len(rows)}: " + ", ".join(f"{kind} {mean[i]:.3f} -> {mean[i + 1]:.3f}" for kind, i in
                                              (("T", 0), ("held", 2), ("late", 4)))
           + f"; worst change held {np.nanmin(change[:, 0]):+.3f}, late {np.nanmin(change[:, 1]):+.3f}; "
-          f"taken {mean[6]:.0%}; R-hat up to {np.max([row[7] for row in rows]):.3f}, "
-          f"effective sample size from {np.min([row[8] for row in rows]):.0f}", file=sys.stderr)
+          f"taken {mean[6]:.0%}; R-hat up to {np.nanmax([row[7] for row in rows]):.3f}, "
+          f"effective sample size from {np.nanmin([row[8] for row in rows]):.0f}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import requests
 
 PROMPTS = Path(__file__).parent / "prompts"
 ATTEMPTS = 4                      # how often one question is put before its answers are given up
-CONNECT_TIMEOUT, READ_TIMEOUT = 10, 180         # s
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 600         # s; a model that thinks about 48 attempts is silent for minutes
 TOTAL_TIMEOUT = 600               # of one request, so that a reply which only trickles ends too, s
 RETRIES, MAX_WAIT = 5, 120        # of one request; the longest wait between two that is accepted, s
 MAX_BYTES = 1_000_000             # of one HTTP reply
@@ -328,7 +328,7 @@ def describe_attempt(label, series, dt, task):
         lines[0] += f" ({'done' if first_break == length else 'done but for the limits'} at {time_of(done)} s)"
     for (name, sign, value), steps in breaks.items():
         lines.append(f"  limit {name} <= {value:g}: " + (
-            f"broken first at {time_of(steps[0])} s, in {len(steps)} steps, by up to {short(series[name].max())}"
+            f"broken first at {time_of(steps[0])} s, in {len(steps)} steps, highest reading {series[name].max():.4g}"
             if len(steps) else "kept"))
     for conditions in [(condition,) for condition in task.stages] + [task.success]:
         held = np.logical_and.reduce([met(condition) for condition in conditions])

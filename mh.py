@@ -55,8 +55,9 @@ class Posterior:
     burn-in; rhat (P,) and ess (P,). Mean and diagnostics are those of the space θ was sampled in (log θ for positive
     parameters, so that their mean is a geometric one).
 
-    The mean is the estimate to use: a parameter of which the data say nothing has its prior's mean, the value it had.
-    A draw such as the medoid or the one of highest density moves those, too, by chance.
+    The mean is the estimate to use: a parameter of which the data say nothing has its prior's mean, and has it exactly,
+    since a mean within three standard errors of the prior's is set to it. A draw, such as the medoid or the one of highest
+    density, moves such parameters by chance.
     """
 
     samples: np.ndarray
@@ -98,14 +99,16 @@ def sample_posterior(log_likelihood, centre, prior_std=PRIOR_STD, steps=STEPS, r
         value = np.asarray(log_likelihood(theta_of(z)), dtype=float)
         return np.where(np.isfinite(value), value, -np.inf)
 
-    # Chains start as draws from the prior: wider than the posterior, as R-hat asks for.
+    # Chains start as draws from the prior, wider than the posterior, as R-hat asks for; longer tries go on from the last.
     rng = rng or np.random.default_rng()
     start = rng.standard_normal((len(POWERS), CHAINS, len(centre)))
     for length in steps:
         draws, acceptance = metropolis_hastings(density, lambda z: -0.5 * (z ** 2).sum(axis=-1), start, length, length, rng)
         z, start = draws[0], draws[:, :, -1]
-        posterior = Posterior(theta_of(z), theta_of(z.mean(axis=(0, 1))), acceptance, split_rhat(z),
-                              effective_sample_size(z))
+        rhat, ess = split_rhat(z), effective_sample_size(z)
+        mean = z.mean(axis=(0, 1))
+        shown = np.abs(mean) > 3 * z.std(axis=(0, 1)) / np.sqrt(np.maximum(ess, 1.0))     # three standard errors
+        posterior = Posterior(theta_of(z), theta_of(np.where(shown, mean, 0.0)), acceptance, rhat, ess)
         if posterior.mixed:
             break
     return posterior

@@ -35,13 +35,14 @@ EVAL_EVERY = 1_000         # environment steps between two evaluations
 EVAL_EPISODES = 20
 RANKED = 48                # K, trajectories in one ranking
 ANALYSED = 12              # of them in a failure analysis
-DISCORDANT = 0.1           # share of the LLM's pairs that R_θ may order the other way round: rankings are that noisy
-GAIN = 0.03                # by which the share of D's pairs that R_θ explains must rise for a new θ to be taken
-WORSE, BETTER = 0.7, 0.6   # how likely the LLM prefers the robot's earlier or later attempts: it got worse, it gets better
+DISCORDANT = 0.1           # share of the LLM's pairs that R_θ may order wrongly: rankings are that noisy
+GAIN = 0.03                # by which the share of D's own pairs that R_θ orders rightly must rise for a new θ to be taken
+WORSE = 0.7                # a change is undone if the LLM prefers the attempts from before it this often, ties counted half
+BETTER = 0.6               # no analysis while it prefers the newest attempts to earlier ones more often than this
 EXPLORE_STEPS = 1_000      # uniform random actions first
 DISCOUNT = 0.97
 
-# DrQ-v2's own settings for pixels; for states, a smaller network that learns faster from few samples.
+# Near DrQ-v2's own settings for pixels; for states, a smaller network that learns faster from few samples.
 AGENT = {"pixels": dict(lr=1e-4, hidden_dim=1024, std=(1.0, 0.1, 50_000), saturation=0.01, average=0.005),
          "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
 BATCH = {"pixels": 256, "state": 128}
@@ -72,7 +73,7 @@ def train(args, llm, run):
         # the actor would saturate there for good. So random behaviour earns 0 on average to begin with.
         centre = reward.total(tried, theta).mean()
         print_reward(reward)
-        run.record_theta(0, "proposal", theta, theta)
+        run.record_theta(Change(0, "proposal", theta, theta))
         run.save_reward(reward, theta)
 
     def r_theta(features):
@@ -110,50 +111,52 @@ def train(args, llm, run):
 
         # a period without any success: explore anew, from half of the schedule on (the same for every kind of reward)
         if step % UPDATE_EVERY == 0 and not any(successes[-(UPDATE_EVERY // EVAL_EVERY):]):
-            explore_since = step - agent.std[2] // 2
+            explore_since = max(explore_since, step - agent.std[2] // 2)
 
         if step % UPDATE_EVERY == 0 and args.reward == "selfalign" and step < args.steps and not nearly_learnt(successes):
             # T ← K trajectories; ask the LLM to rank T; rank T by R_θ; D ← D ∪ pairs; a new θ, if there is a better one
+            T, age, _ = choose_trajectories(buffer.episodes(), reward, theta, task.features, rank_rng)
             try:
-                T, age, _ = choose_trajectories(buffer.episodes(), reward, theta, task.features, rank_rng)
                 change = update_theta(llm, args.task, reward, T, age, D, changes, successes, step, rank_rng)
-            except (LLMError, SamplerError) as error:
+            except LLMError as error:
                 print(f"\n  No new θ; training goes on with the one it has.\n  {error}\n", flush=True)
-                change = None
+                continue
             if change:
-                # relabel the whole replay buffer with the new R_θ
-                features, _ = columns(buffer.episodes()[-UPDATE_EVERY // EPISODE_STEPS // 2:], task.features)
+                # relabel the whole replay buffer with the new R_θ, at the level that rewards had in the last half period
+                features, _ = columns(buffer.episodes()[-(UPDATE_EVERY // EPISODE_STEPS // 2):], task.features)
                 centre, scale = keep_level(reward.total(features, theta), reward.total(features, change.theta), centre, scale)
                 theta = change.theta
                 buffer.relabel(r_theta)
                 changes.append(change)
-                run.record_theta(*change)
+                run.record_theta(change)
                 run.save_reward(reward, theta)
     return None
 
 
 def nearly_learnt(successes):
-    """Whether the skill needs no other reward: it mostly succeeds, or does so more often than ever before.
+    """Whether θ is best left alone: the skill mostly succeeds, or often, and more so than ever in earlier periods.
 
-    successes: success rate of every evaluation so far; an update of θ now could only disturb what works.
+    successes: success rate of every evaluation so far. What has come that far rises by itself or is a matter of the
+    last few per cent, which no ranking of whole trajectories tells apart; a new reward could only disturb it.
     """
-    evaluations = UPDATE_EVERY // EVAL_EVERY
-    before, period, now = successes[:-evaluations], successes[-evaluations:], np.mean(successes[-3:])
-    return now >= 0.8 or (now >= 0.4 and max(period) > max(before, default=0.0))
+    before, now = successes[:-(UPDATE_EVERY // EVAL_EVERY)], np.mean(successes[-3:])
+    return now >= 0.8 or (now >= 0.4 and now > max(before, default=0.0))
 
 
 def choose_trajectories(episodes, reward, theta, names, rng):
-    """T: K of the episodes, (T, F) arrays, oldest first, in random order; the age of each, counted in periods; and its index.
+    """T: K of `episodes`, shuffled; the age of each, counted in periods; and its index.
 
-    A quarter are the last period's newest, which show what the policy has come to do, and a quarter those that were the
-    newest one period before, so that the LLM sees whether the last θ made the robot better or worse. The others are
-    spread over the range of R_θ in the last period, and over all of it where there is no period before.
+    episodes: (steps, F) arrays, oldest first. A quarter of T are the last period's newest, which show what the policy has
+    come to do, and a quarter those that were the newest one period before, so that the LLM sees whether the last θ made
+    the robot better or worse. The others are drawn evenly from the last period in order of R_θ. In the first period,
+    these make up the quarter that is missing.
     """
     period = UPDATE_EVERY // EPISODE_STEPS
     end, quarter = len(episodes), RANKED // 4
     last = np.arange(max(0, end - period), end)
-    newest = [np.linspace(stop - period // 4, stop - 1, quarter).round().astype(int)
-              for stop in (end, end - period) if stop >= period // 2]
+    # Odd places of the newest, even ones a period later: no pair of trajectories is ranked twice.
+    newest = [np.linspace(stop - period // 4, stop - 1, 2 * quarter).round().astype(int)[odd::2]
+              for stop, odd in ((end, 1), (end - period, 0)) if stop >= period // 2]
     rest = np.setdiff1d(last, np.concatenate(newest))
     by_return = rest[np.argsort(returns_of(reward, theta, *columns([episodes[i] for i in rest], names)))]
     spread = by_return[np.linspace(0, len(rest) - 1, RANKED - quarter * len(newest)).round().astype(int)]
@@ -227,7 +230,7 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
     - where the rankings disagree, θ is the mean of p(θ | D), if the sampler has mixed and the mean explains D better;
     - else, where the robot has stopped getting better, the LLM is asked what blocks it.
     """
-    names, now, change = TASKS[task].features, changes[-1], None
+    names, now = TASKS[task].features, changes[-1]
     groups = rank_attempts(llm, task, T)
     pairs = pairs_of(groups)
     D.append((T, pairs))
@@ -235,26 +238,34 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
     for rank, group in enumerate(groups):
         place[group] = rank
 
-    if now.cause != "undone" and len(changes) > 1 and preferred(place, (1 <= age) & (age < 2), age < 0.25) > WORSE:
-        now = change = changes[-2]._replace(step=step, cause="undone", posterior=None)
     R = returns_of(reward, now.theta, *columns(T, names))
     wrong = discordant(R, pairs)
-    print_rankings(groups, R, wrong, pairs, change)
+    print_rankings(groups, R, wrong, pairs)
+
+    just_changed = now.step == step - UPDATE_EVERY and now.cause in ("posterior", "analysis")
+    if just_changed and preferred(place, (1 <= age) & (age < 2), age < 0.25) > WORSE:
+        print("  By the LLM's ranking the robot did better before the last change of θ: that change is undone.\n", flush=True)
+        return changes[-2]._replace(step=step, cause="undone", posterior=None)
 
     if wrong.sum() > DISCORDANT * len(pairs):
-        posterior = align(reward, now.prior, D, names, rng)
-        theta = dict(zip(now.theta, posterior.mean.tolist()))
-        gain = explained(reward, theta, D, names) - explained(reward, now.theta, D, names)
-        print_posterior(posterior, now.theta, theta, gain)
-        if posterior.mixed and gain > GAIN:
-            return Change(step, "posterior", theta, now.prior, posterior)
+        try:
+            posterior = align(reward, now.prior, D, names, rng)
+        except SamplerError as error:
+            print(f"  No posterior: {error}", flush=True)
+        else:
+            theta = dict(zip(now.theta, posterior.mean.tolist()))
+            gain = explained(reward, theta, D, names) - explained(reward, now.theta, D, names)
+            print_posterior(posterior, now.theta, theta, gain)
+            if posterior.mixed and gain > GAIN:
+                return Change(step, "posterior", theta, now.prior, posterior)
 
-    if change is None and preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER:
-        blocked_by, params = analyse_failure(llm, task, reward, T, R, changes, successes)
+    if preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER:
+        blocked_by, params = analyse_failure(llm, task, reward, T, R, wrong, changes, successes)
         print_analysis(blocked_by, now.theta, params)
-        if params:
-            return Change(step, "analysis", {**now.theta, **params}, {**now.prior, **params})
-    return change
+        theta = {**now.theta, **params}
+        if all(theta != change.theta for change in changes):       # neither the same nor one that was undone
+            return Change(step, "analysis", theta, {**now.prior, **params})
+    return None
 
 
 def pairs_of(groups):
@@ -313,13 +324,12 @@ def describe(task, trajectories, notes=None):
 
 def rank_attempts(llm, task, trajectories):
     """The LLM's ranking of trajectories: groups of equally good indices, best first."""
-    question = prompt("rank", count=len(trajectories), task=task, goal=TASKS[task].goal,
-                      features=describe_features(task), trajectories=describe(task, trajectories))
+    question = prompt("rank", **task_words(task), count=len(trajectories), trajectories=describe(task, trajectories))
     groups = llm.ask("rank", question, lambda text: read_ranking(text, len(trajectories)))
     return [[label - 1 for label in group] for group in groups]
 
 
-def analyse_failure(llm, task, reward, trajectories, returns, changes, successes):
+def analyse_failure(llm, task, reward, trajectories, returns, wrong, changes, successes):
     """(what blocks the skill, new values of some parameters, none if none is to blame), by the LLM."""
     theta = changes[-1].theta
     order = np.argsort(-returns)[np.unique(np.linspace(0, len(returns) - 1, ANALYSED).round().astype(int))]
@@ -329,13 +339,21 @@ def analyse_failure(llm, task, reward, trajectories, returns, changes, successes
         notes.append(f"reward per step {returns[i] / len(trajectories[i]):.3g} = " +
                      " + ".join(f"{term.mean():.3g} ({name})" for name, term in terms.items()))
     first = EXPLORE_STEPS // EVAL_EVERY + 1
-    question = prompt("analyse", **task_words(task), reward=reward.source_with(theta).strip(),
+    question = prompt("analyse", **task_words(task), wrong=f"{wrong.sum() / max(1, len(wrong)):.0%}", reward=reward.source_with(theta).strip(),
                       history="\n".join(f"- {change.step:,} steps, {change.cause}: "
                                         + ", ".join(f"{name}={value:.3g}" for name, value in change.theta.items())
                                         for change in changes),
                       progress=", ".join(f"{(first + i) * EVAL_EVERY:,}: {success:.0%}" for i, success in enumerate(successes)),
                       trajectories=describe(task, [trajectories[i] for i in order], notes))
-    return llm.ask("analyse", question, lambda text: read_analysis(text, theta))
+
+    def parse(text):
+        blocked_by, params = read_analysis(text, theta)
+        new = returns_of(reward, {**theta, **params}, *columns(trajectories, TASKS[task].features))
+        if not np.isfinite(new).all():
+            raise ValueError("with these values the reward is not finite on the attempts: choose others")
+        return blocked_by, params
+
+    return llm.ask("analyse", question, parse)
 
 
 def keep_level(old, new, centre, scale):
@@ -373,7 +391,7 @@ def evaluate(agent, env, reward, theta):
 
 
 class Run:
-    """The folder a run leaves behind: settings.json, metrics.csv, theta.csv, llm.jsonl, reward.py, policy.pt.
+    """The folder a run leaves behind: settings.json, metrics.csv, theta.csv, llm.jsonl, reward.py, policy.pt, episodes.npz.
 
     Files are written whole and moved into place, so that what stood there survives a failure. What cannot be
     written (a full disk) is kept and tried again with the next write; `close` falls back to the temporary folder.
@@ -400,12 +418,14 @@ class Run:
         torch.save(self.policy.state_dict(), buffer)
         self._write("policy.pt", buffer.getvalue())
 
-    def record_theta(self, step, cause, theta, prior, posterior=None):
-        """θ after the proposal, a posterior (with its 90 % interval and diagnostics), a failure analysis or undoing one."""
-        blank = [[""] * len(theta)] * 4
+    def record_theta(self, change):
+        """θ after a `Change`: proposal, posterior (with its 90 % interval and diagnostics), analysis or undone."""
+        posterior = change.posterior
+        blank = [[""] * len(change.theta)] * 4
         extra = blank if posterior is None else [*posterior.interval(0.9), posterior.rhat, posterior.ess]
-        for name, value, *rest in zip(theta, theta.values(), *extra):
-            self._row("theta.csv", [step, cause, name, f"{value:.6g}", *(f"{x:.6g}" if x != "" else "" for x in rest)])
+        for name, value, *rest in zip(change.theta, change.theta.values(), *extra):
+            self._row("theta.csv", [change.step, change.cause, name, f"{value:.6g}",
+                                    *(f"{x:.6g}" if x != "" else "" for x in rest)])
 
     def record_exchange(self, exchange):
         """One question to the LLM and its answer, as a line of JSON."""
@@ -471,15 +491,12 @@ def print_progress(step, steps, success, return_, started):
           f"at most {left} left", flush=True)
 
 
-def print_rankings(groups, returns, wrong, pairs, undone):
+def print_rankings(groups, returns, wrong, pairs):
     by_reward = np.argsort(-returns, kind="stable")
     print(f"\n  Ranking {len(returns)} trajectories, best first")
     print("    LLM     " + " > ".join(" = ".join(str(i + 1) for i in group) for group in groups))
     print("    reward  " + " > ".join(str(i + 1) for i in by_reward))
-    if undone:
-        print("  The robot did better before the last change of θ, by the LLM's ranking: that change is undone.")
-    print(f"  R_θ orders {wrong.sum() / max(1, len(pairs)):.0%} of the {len(pairs):,} pairs that the LLM orders the other way "
-          "round.", flush=True)
+    print(f"  The LLM orders {len(pairs):,} pairs, and R_θ orders {wrong.sum() / max(1, len(pairs)):.0%} of them otherwise.", flush=True)
 
 
 def print_posterior(posterior, before, after, gain):
@@ -491,7 +508,7 @@ def print_posterior(posterior, before, after, gain):
         print(f"    {name:<20} {before[name]:>10.4g} {after[name]:>10.4g}   {low:.3g} to {high:.3g}")
     taken = "" if posterior.mixed and gain > GAIN else (
         "; not taken: " + ("that is no better" if posterior.mixed else "the sampler has NOT mixed"))
-    print(f"  It explains {gain:+.1%} of the pairs ranked so far{taken}.\n", flush=True)
+    print(f"  Of the pairs ranked so far it orders {100 * gain:+.1f} % points more rightly{taken}.\n", flush=True)
 
 
 def print_analysis(blocked_by, before, changes):
@@ -506,7 +523,7 @@ def play(folder, frames, episodes):
     try:
         settings = json.loads((Path(folder) / "settings.json").read_text())
         state = torch.load(Path(folder) / "policy.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:
         sys.exit(f"{folder} holds no finished run to play ({error}); name a folder under runs/")
     if frames:
         try:
@@ -567,6 +584,8 @@ def parse_args():
     parser.add_argument("--frames", metavar="FOLDER", help="with --play: save pictures instead of opening a window")
     parser.add_argument("--episodes", type=int, default=5, help="with --play: how many (default: %(default)s)")
     args = parser.parse_args()
+    if args.proposal and args.reward == "sparse":
+        parser.error("--proposal does nothing beside --reward sparse, which has no R_θ: leave one of them out")
     if args.seed < 0 or args.steps < 1 or args.episodes < 1:
         parser.error("--seed must be 0 or more, --steps and --episodes 1 or more")
     try:
@@ -584,7 +603,8 @@ def main():
     if args.obs == "state":
         torch.set_num_threads(1)      # networks this small lose time to a second thread
     try:
-        backend, who = (None, "none is asked") if args.reward == "sparse" else choose_backend(args)
+        asks = args.reward == "selfalign" or args.reward == "fixed" and not args.proposal
+        backend, who = choose_backend(args) if asks else (None, "none is asked")
     except LLMError as error:
         sys.exit(f"selfalign: {error}")
     folder = args.out or next(name for name in (f"runs/{args.task}-{args.reward}-{args.seed}{suffix}" for suffix in

@@ -5,7 +5,7 @@
 It answers from the prompt's text alone, for the three tasks that it knows. Proposals are written out beforehand in
 prompts/offline/, with the first numbers that the paper reports (contact threshold 1 N, push weight 2.0). Preferences
 follow B-Pref's scripted teachers (Lee et al., 2021): a progress score for each attempt, read off its description, and
-equal preference where scores differ by less than EQUAL. Failure analyses try out the reward in the prompt, whoever wrote
+equal preference where a score is within EQUAL of the best of its group. Failure analyses try out the reward in the prompt, whoever wrote
 it, on typical readings of each stage.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from llm import PROMPTS, LLMError, Reply, prompt, read_code
 from reward import Reward, RewardError
 
-EQUAL = 0.1             # progress scores closer than this are equal
+EQUAL = 0.1             # progress scores this close to the best of their group are equal to it
 FACTORS = (0.1, 0.3, 3.0, 10.0)   # by which an analysis may change a parameter
 PAYS = 0.2              # share of all that there is to gain which each stage should pay at least
 
@@ -66,7 +66,7 @@ def attempts_of(text):
 def attempt_of(body):
     """One description as a dict: `fulfils`; `readings`, (first, last, lowest, highest) by feature; `steps` and `run` by
     condition, in how many steps it held and its longest run before a limit broke; `excess`, the worst reading over its
-    limit, 1 where all were kept."""
+    limit, None where all were kept."""
     readings = {}
     for name, row in re.findall(r"^ +(\w+) (-?[\d.]+ .*\| [-\d].*)$", body, re.MULTILINE):
         moments, extremes = row.split("|")
@@ -76,9 +76,9 @@ def attempt_of(body):
         runs = re.findall(r"longest run (\d+)|, (\d+) before a limit broke", rest)
         steps[condition], run[condition] = int(held), int("".join(runs[-1])) if runs else 0
     excess = [float(most) / float(limit) for limit, most in
-              re.findall(r"^ +limit \w+ <= ([\d.]+): broken .* up to ([\d.]+)$", body, re.MULTILINE)]
+              re.findall(r"^ +limit \w+ <= ([\d.]+): broken .* highest reading ([\d.]+)$", body, re.MULTILINE)]
     return {"fulfils": " fulfils the task" in body.split("\n")[0], "readings": readings, "steps": steps, "run": run,
-            "excess": max(excess, default=1.0)}
+            "excess": max(excess, default=None)}
 
 
 def score(task, attempt):
@@ -95,8 +95,8 @@ def score(task, attempt):
         total += held + held * min(readings["block_height"][high], 0.08) / 0.08 + min(run[goal], 5) / 5
     else:
         distance = readings["block_to_goal"]
-        total += 2 * (distance[first] - distance[last]) / distance[first] + min(run[goal], 3) / 3
-    if attempt["excess"] > 1:
+        total += 2 * (distance[first] - distance[last]) / max(distance[first], 0.01) + min(run[goal], 3) / 3
+    if attempt["excess"]:
         total -= 0.5 + 0.25 * min(attempt["excess"] - 1, 2)
     return float(total + 0.5 * attempt["fulfils"] * steps[goal] / 50)
 

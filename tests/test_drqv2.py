@@ -162,6 +162,143 @@ def test_learns_a_one_step_task_and_bootstraps_a_value():
     assert 2.5 < losses["q"] < 5.0
 
 
+def linear(p, name, x):
+    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+
+def hidden(p, x):
+    """The trunk: a linear layer, normalised and squashed."""
+    x = linear(p, "trunk.0", x)
+    x = (x - x.mean(1, keepdim=True)) / torch.sqrt(((x - x.mean(1, keepdim=True)) ** 2).mean(1, keepdim=True) + 1e-5)
+    return torch.tanh(x * p["trunk.1.weight"] + p["trunk.1.bias"])
+
+
+def head(p, name, x):
+    for layer in (0, 2):
+        x = torch.clamp(linear(p, f"{name}.{layer}", x), min=0)
+    return linear(p, f"{name}.4", x)
+
+
+def smaller_q(p, obs, action):
+    both = torch.cat([hidden(p, obs), action], 1)
+    return torch.where(head(p, "q1", both) < head(p, "q2", both), head(p, "q1", both), head(p, "q2", both))
+
+
+def noisy(action, std):
+    """Equation 1's and 2's action: clipped noise on it, kept inside (−1, 1) without stopping the gradient."""
+    noisy = action + torch.clamp(std * torch.randn(action.shape), -0.3, 0.3)
+    return noisy + (torch.clamp(noisy, -1 + 1e-6, 1 - 1e-6) - noisy).detach()
+
+
+class Adam:
+    """Kingma & Ba (2015), algorithm 1."""
+
+    def __init__(self, params, lr):
+        self.params, self.lr, self.t = params, lr, 0
+        self.m, self.v = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in "mv")
+
+    def step(self, loss):
+        self.t += 1
+        for (name, p), g in zip(self.params.items(), torch.autograd.grad(loss, list(self.params.values()))):
+            self.m[name] = 0.9 * self.m[name] + 0.1 * g
+            self.v[name] = 0.999 * self.v[name] + 0.001 * g ** 2
+            m, v = self.m[name] / (1 - 0.9 ** self.t), self.v[name] / (1 - 0.999 ** self.t)
+            p.data -= self.lr * m / (torch.sqrt(v) + 1e-8)
+
+
+def batch_of(rng, size=16, obs=3, actions=2):
+    return (rng.standard_normal((size, obs)), rng.uniform(-1, 1, (size, actions)), rng.standard_normal(size),
+            rng.uniform(0, 1, size), rng.standard_normal((size, obs)))
+
+
+@pytest.mark.parametrize("saturation", [0.0, 0.3])
+def test_updates_are_the_published_equations_and_the_penalty_is_the_only_other_term(saturation):
+    torch.manual_seed(0)
+    lr, tau = 1e-3, 0.1
+    agent = DrQV2((3,), (2,), lr=lr, feature_dim=5, hidden_dim=8, tau=tau, std=(0.4, 0.2, 100), saturation=saturation)
+    with torch.no_grad():
+        for p in agent.actor.policy[-1].parameters():
+            p.add_(torch.randn_like(p))                              # so that the pre-activations matter
+    actor, critic, target = ({name: p.clone().requires_grad_() for name, p in net.state_dict().items()}
+                             for net in (agent.actor, agent.critic, agent.critic_target))
+    actor_adam, critic_adam = Adam(actor, lr), Adam(critic, lr)
+    rng = np.random.default_rng(0)
+    for step in range(3):
+        batch = batch_of(rng)
+        torch.manual_seed(step)
+        losses = agent.update(batch, 50)                             # halfway through the schedule: σ = 0.3
+        torch.manual_seed(step)
+        obs, action, reward, discount, next_obs = (torch.as_tensor(a).float() for a in batch)
+        # Equation 1: both critics' squared errors from one target.
+        with torch.no_grad():
+            next_action = noisy(torch.tanh(head(actor, "policy", hidden(actor, next_obs))), 0.3)
+            y = reward[:, None] + discount[:, None] * smaller_q(target, next_obs, next_action)
+        both = torch.cat([hidden(critic, obs), action], 1)
+        q1, q2 = head(critic, "q1", both), head(critic, "q2", both)
+        critic_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
+        critic_adam.step(critic_loss)
+        # Equation 2: the smaller Q of the critic that has just learnt.
+        u = head(actor, "policy", hidden(actor, obs))
+        actor_loss = -smaller_q(critic, obs, noisy(torch.tanh(u), 0.3)).mean() + saturation * (u ** 2).sum() / u.numel()
+        actor_adam.step(actor_loss)
+        for name in target:
+            target[name] = ((1 - tau) * target[name] + tau * critic[name]).detach()
+        assert losses["critic_loss"] == pytest.approx(critic_loss.item(), abs=1e-5)
+        assert losses["actor_loss"] == pytest.approx(actor_loss.item(), abs=1e-5)
+        assert losses["q"] == pytest.approx(q1.mean().item(), abs=1e-5)
+    for net, restated in ((agent.actor, actor), (agent.critic, critic), (agent.critic_target, target),
+                          (agent.greedy, actor)):
+        for name, p in net.state_dict().items():
+            torch.testing.assert_close(p, restated[name].detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("saturation", [0.0, 0.1])
+def test_a_saturated_actor_comes_back_by_the_penalty_alone(saturation):
+    # A critic that is zero everywhere, and stays so without reward, says nothing about actions.
+    torch.manual_seed(0)
+    agent = DrQV2((3,), (2,), lr=0.03, feature_dim=5, hidden_dim=8, std=(0.1, 0.1, 1), saturation=saturation)
+    with torch.no_grad():
+        agent.actor.policy[-1].bias.copy_(torch.tensor([6.0, -6.0]))
+        for p in [*agent.critic.parameters(), *agent.critic_target.parameters()]:
+            p.zero_()
+    obs, action, reward, discount, next_obs = batch_of(np.random.default_rng(0))
+    before = [p.clone() for p in agent.actor.parameters()]
+    for step in range(150):
+        losses = agent.update((obs, action, 0 * reward, discount, next_obs), step)
+    last = np.array([agent.act(o, 0, explore=False) for o in obs])
+    if saturation:
+        assert np.abs(last).max() < 0.3
+    else:
+        assert losses["actor_loss"] == 0 and (np.abs(last) > 0.999).all()
+        assert all(torch.equal(p, q) for p, q in zip(agent.actor.parameters(), before))
+
+
+def test_the_greedy_policy_is_an_average_that_training_never_sees():
+    agents, batches = [], [batch_of(np.random.default_rng(seed)) for seed in range(4)]
+    averages, obs = [], np.array([0.3, -1.0, 0.5])
+    for average in (1.0, 0.2):
+        torch.manual_seed(0)
+        agents.append(DrQV2((3,), (2,), lr=1e-2, hidden_dim=16, std=(0.0, 0.0, 1), average=average))
+        averages.append([p.clone() for p in agents[-1].actor.parameters()])
+        for step, batch in enumerate(batches):
+            agents[-1].update(batch, step)
+            averages[-1] = [(1 - average) * slow + average * fast
+                            for slow, fast in zip(averages[-1], agents[-1].actor.parameters())]
+    published, averaged = agents
+    for name in ("actor", "critic", "critic_target"):
+        for p, q in zip(getattr(published, name).parameters(), getattr(averaged, name).parameters()):
+            assert torch.equal(p, q)
+    for agent, average in zip(agents, averages):
+        for p, q in zip(agent.greedy.parameters(), average):
+            torch.testing.assert_close(p, q)
+    # Exploration without noise is the actor itself; only the greedy policy is the average.
+    np.testing.assert_array_equal(published.act(obs, 0), averaged.act(obs, 0))
+    np.testing.assert_array_equal(published.act(obs, 0, explore=False), published.act(obs, 0))
+    greedy = averaged.greedy(torch.as_tensor(obs).float()[None])[0].numpy()
+    np.testing.assert_array_equal(averaged.act(obs, 0, explore=False), greedy)
+    assert np.abs(greedy - averaged.act(obs, 0)).max() > 1e-3
+
+
 def test_encoder_learns_from_the_critic_only(monkeypatch):
     # Without shift, noise and steps, the encoder's gradient after an update must be that of the critic's loss alone.
     torch.manual_seed(0)
@@ -192,7 +329,8 @@ def test_updates_shift_both_observations_clip_noise_and_take_the_smaller_q(monke
     shifted, noises, taken = [], [], []
     monkeypatch.setattr("drqv2.random_shift", lambda images: shifted.append(images) or images)
     real = truncated_normal
-    monkeypatch.setattr("drqv2.truncated_normal", lambda mean, std, clip=None: noises.append((std, clip)) or real(mean, std, clip))
+    monkeypatch.setattr("drqv2.truncated_normal",
+                        lambda mean, std, clip=None: noises.append((std, clip)) or real(mean, std, clip))
     real_min = torch.min
     monkeypatch.setattr(torch, "min", lambda *args: taken.append(args) or real_min(*args))
     agent = DrQV2((9, 84, 84), (1,), hidden_dim=8, std=(1.0, 0.5, 100))
@@ -210,13 +348,19 @@ def test_updates_shift_both_observations_clip_noise_and_take_the_smaller_q(monke
 
 def test_targets_follow_slowly_and_states_round_trip():
     torch.manual_seed(0)
-    agent = DrQV2((3,), (2,), hidden_dim=16, lr=1e-2, tau=0.1)
+    agent = DrQV2((3,), (2,), hidden_dim=16, lr=1e-2, tau=0.1, std=(0.0, 0.0, 1), average=0.1)
     rng = np.random.default_rng(0)
     batch = (rng.random((8, 3)), rng.uniform(-1, 1, (8, 2)), rng.random(8), np.full(8, 0.9), rng.random((8, 3)))
     old = [p.clone() for p in agent.critic_target.parameters()]
     agent.update(batch, 0)
     for target, before, critic in zip(agent.critic_target.parameters(), old, agent.critic.parameters()):
         torch.testing.assert_close(target, 0.9 * before + 0.1 * critic)
-    other = DrQV2((3,), (2,), hidden_dim=16)
-    other.load_state_dict(agent.state_dict())
-    np.testing.assert_array_equal(other.act(np.ones(3), 0, explore=False), agent.act(np.ones(3), 0, explore=False))
+    state = agent.state_dict()
+    assert set(state) == {"encoder", "actor", "critic", "greedy"}
+    other = DrQV2((3,), (2,), hidden_dim=16, std=(0.0, 0.0, 1))
+    other.load_state_dict(state)
+    for explore in (True, False):                                    # the actor itself and its average
+        np.testing.assert_array_equal(other.act(np.ones(3), 0, explore), agent.act(np.ones(3), 0, explore))
+    assert (agent.act(np.ones(3), 0) != agent.act(np.ones(3), 0, explore=False)).any()
+    for target, critic in zip(other.critic_target.parameters(), agent.critic.parameters()):
+        assert torch.equal(target, critic)

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import (BLOCK_FRICTION, BLOCK_MASS, EPISODE_STEPS, FEATURES, GRASP_HEIGHT, PUSH_RADIUS, TASKS, WORKSPACE,
-                  PandaEnv, describe_features)
+from envs import BLOCK_FRICTION, BLOCK_MASS, EPISODE_STEPS, FEATURES, TASKS, WORKSPACE, PandaEnv, describe_features
 
 
 @pytest.fixture(params=list(TASKS))
@@ -65,8 +64,11 @@ def test_features_are_documented_and_true(env):
         f = info["features"]
         assert tuple(f) == env.feature_names == TASKS[env.task].features
         assert all(name in text and type(value) is float and math.isfinite(value) for name, value in f.items())
-        assert f["hand_to_block"] == pytest.approx(np.linalg.norm(env._hand - env._block_position))
-        assert not terminated and reward == float(info["success"])
+        apart = env._hand - env._block_position
+        assert f["hand_to_block"] == pytest.approx(np.linalg.norm(apart))
+        assert f["hand_beside_block"] == pytest.approx(np.linalg.norm(apart[:2]))
+        assert f["hand_above_block"] == pytest.approx(apart[2])
+        assert not terminated and reward in (0.0, 1.0)
     assert truncated
     assert all(feature.text and feature.low < feature.high for feature in FEATURES.values())
     with pytest.raises(RuntimeError, match="reset"):
@@ -116,32 +118,113 @@ def test_pressing_down_stays_within_newtons():
     env.close()
 
 
+def test_a_hand_over_the_block_is_above_it_and_a_hand_behind_it_beside_it(env):
+    for hand, beside, above in (((0.5, 0.02, 0.12), 0.0, 0.1), ((0.44, 0.10, 0.02), 0.1, 0.0),
+                                ((0.5, -0.01, 0.06), 0.03, 0.04)):
+        features = env.reset(seed=0, options={"hand": hand, "block": (0.5, 0.02)})[1]["features"]
+        assert features["hand_beside_block"] == pytest.approx(beside, abs=2e-3)
+        assert features["hand_above_block"] == pytest.approx(above, abs=2e-3)
+        assert features["hand_to_block"] == pytest.approx(math.hypot(beside, above), abs=2e-3)
+
+
+def test_tasks_are_judged_by_what_their_words_say():
+    # The numbers of the goals' wording, once more.
+    for task, steps, success, limits, words in (
+            ("touch", 10, {("contact_force", ">", 0.01)}, {("contact_force", ">", 2.0), ("block_displacement", ">", 0.05)},
+             ("10 consecutive", "0.5 s", "2 N", "0.05 m")),
+            ("grasp", 5, {("grip_force", ">", 0.0), ("block_height", ">=", 0.08)}, set(),
+             ("5 consecutive", "0.25 s", "0.08 m")),
+            ("push", 3, {("block_to_goal", "<=", 0.03)}, set(), ("3 consecutive", "0.15 s", "0.03 m"))):
+        assert TASKS[task].steps == steps and set(TASKS[task].success) == success and set(TASKS[task].limits) == limits
+        assert all(text in TASKS[task].goal for text in words)
+        assert all(name in TASKS[task].features for name, _, _ in
+                   (*TASKS[task].stages, *TASKS[task].success, *TASKS[task].limits))
+
+
+def judged(task, features):
+    """(reward, success) of each step by the task's words: features is a list of dicts, one per step."""
+    holds = {"touch": lambda f: f["contact_force"] > 0.01, "push": lambda f: f["block_to_goal"] <= 0.03,
+             "grasp": lambda f: f["grip_force"] > 0 and f["block_height"] >= 0.08}[task]
+    steps, outcome = {"touch": 10, "grasp": 5, "push": 3}[task], []
+    for t in range(1, len(features) + 1):
+        kept = task != "touch" or all(f["contact_force"] <= 2 and f["block_displacement"] <= 0.05 for f in features[:t])
+        done = [u >= steps and all(holds(f) for f in features[u - steps:u]) for u in range(1, t + 1)]
+        outcome.append((float(kept and done[-1]), kept and any(done)))
+    return outcome
+
+
 def aim(env, point, gain=33):
     return np.clip((np.asarray(point) - env._target) * gain, -1, 1)
 
 
 def play(env, policy, seed, **reset):
+    """An episode's infos; reward and success are checked against the task's words at every step."""
     env.reset(seed=seed, **reset)
-    infos = [env.step(policy(t))[-1] for t in range(EPISODE_STEPS)]
+    steps = [env.step(policy(t)) for t in range(EPISODE_STEPS)]
+    infos = [step[-1] for step in steps]
+    seen = [(step[1], step[-1]["success"]) for step in steps]
+    assert seen == judged(env.task, [info["features"] for info in infos])
+    assert all(type(reward) is float and type(success) is bool for reward, success in seen)
     return infos
+
+
+def test_random_actions_are_judged_by_the_words_too(env):
+    rng = np.random.default_rng(1)
+    for seed in range(5):
+        actions = np.repeat(rng.uniform(-1, 1, (EPISODE_STEPS // 5, 4)), 5, axis=0)       # now and then they reach the block
+        play(env, lambda t: actions[t], seed)
+
+
+def test_each_episode_counts_its_steps_anew():
+    env = PandaEnv("push")
+    for _ in range(2):                                               # the block is at the goal from start to end
+        infos = play(env, lambda t: (0, 0, 0, 0), 0, options={"block": (0.5, 0.0), "goal": (0.51, 0.0)})
+        assert [info["success"] for info in infos] == [False] * 2 + [True] * (EPISODE_STEPS - 2)
+    env.close()
+
+
+def gentle(env, t):
+    """Touches the side of the block and goes on pushing it as slowly as can be."""
+    side = env._block_position - (0.045, 0, -0.01)
+    return [*(aim(env, side) if t < 20 else (0.1, 0, 0)), 0]
 
 
 def test_touch_gently_succeeds_and_roughly_fails():
     env = PandaEnv("touch")
     for seed in range(3):
-        def gently(t):
-            side = env._block_position - (0.045, 0, -0.01)
-            return [*(aim(env, side) if t < 20 else (0.1, 0, 0)), 0]
-        infos = play(env, gently, seed)
+        infos = play(env, lambda t: gentle(env, t), seed)
         contact = [info["features"]["contact_force"] > 0.01 for info in infos]
         first = next(t for t in range(EPISODE_STEPS) if t >= 9 and all(contact[t - 9:t + 1]))
-        assert [info["success"] for info in infos].index(True) == first
+        success = [info["success"] for info in infos]
+        assert success.index(True) == first and all(success[first:])
 
         def roughly(t):
             return [*(aim(env, env._block_position - (0.06, 0, 0)) if t < 15 else (1, 0, 0)), 0]
         infos = play(env, roughly, seed)
         assert max(info["features"]["block_displacement"] for info in infos) > 0.05
         assert not any(info["success"] for info in infos)
+    env.close()
+
+
+def test_success_stays_when_the_hand_lets_go_and_is_lost_when_a_limit_breaks_later():
+    env, outcomes = PandaEnv("touch"), []
+
+    def press_from_above(t):
+        x, y, _ = env._block_position
+        return (-0.5, 0, 1, 0) if t < 30 else (*aim(env, (x, y, 0.08)), 0) if t < 38 else (0, 0, -1, 0)
+    for then in (lambda t: (-1, 0, 0.5, 0), lambda t: (1, 0, 0, 0), press_from_above):
+        infos = play(env, lambda t: (0.1, 0, 0, 0) if t < 25 else then(t), 0,
+                     options={"hand": (0.458, 0.0, 0.03), "block": (0.5, 0.0)})
+        success = [info["success"] for info in infos]
+        force = np.array([info["features"]["contact_force"] for info in infos])
+        moved = np.array([info["features"]["block_displacement"] for info in infos])
+        first = success.index(True)
+        assert first < 25 and all(force[first - 9:first + 1] > 0.01)
+        assert force[:25].max() <= 2 and moved[:25].max() <= 0.05
+        broken = next((t for t in range(EPISODE_STEPS) if force[t] > 2 or moved[t] > 0.05), EPISODE_STEPS)
+        assert all(success[first:broken]) and not any(success[broken:])
+        outcomes.append("kept" if broken == EPISODE_STEPS else "pressed" if force[broken] > 2 else "shoved")
+    assert outcomes == ["kept", "shoved", "pressed"]
     env.close()
 
 
@@ -168,14 +251,14 @@ def test_grasp_and_lift_succeeds_and_holds_by_friction_alone():
             return [0, 0, 0 if t < 28 else 1, -1]
         infos = play(env, grasp, seed)
         features = infos[-1]["features"]
-        assert any(info["success"] for info in infos)
-        assert features["block_height"] > GRASP_HEIGHT and features["grip_force"] > 0
+        assert infos[-1]["success"] and features["block_height"] > 0.08 and features["grip_force"] > 0
         assert features["gripper_opening"] == pytest.approx(0.04, abs=0.004)
-    # Opened again, the block falls.
+    # Opened again, the block falls: the skill is not shown any more, but it was.
     env.t = 0
     for _ in range(15):
-        info = env.step([0, 0, 0, 1])[-1]
+        _, reward, _, _, info = env.step([0, 0, 0, 1])
     assert info["features"]["block_height"] < 0.01 and info["features"]["grip_force"] == 0
+    assert reward == 0.0 and info["success"]
     env.close()
 
 
@@ -192,7 +275,8 @@ def test_push_to_the_goal_succeeds():
         distances = [info["features"]["block_to_goal"] for info in infos]
         if any(succeeded):
             first = succeeded.index(True)
-            assert all(d <= PUSH_RADIUS for d in distances[first - 2:first + 1])
+            assert all(d <= 0.03 for d in distances[first - 2:first + 1])
+            assert all(succeeded[first:])
             successes += 1
     assert successes >= 4
     env.close()

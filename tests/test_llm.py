@@ -1,17 +1,23 @@
 """The client against a socket server on loopback that misbehaves; the readers against what LLMs really write."""
 
+import itertools
 import json
+import re
 import socket
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import llm
-from llm import (LLM, Chat, LLMError, Manual, Offline, Replay, UnusableReply, describe_attempt, longest_run, prompt,
-                 read_analysis, read_code, read_ranking)
+from envs import DT, EPISODE_STEPS, FEATURES, TASKS, PandaEnv
+from llm import (LLM, Chat, LLMError, Manual, Replay, UnusableReply, describe_attempt, longest_run, prompt, read_analysis,
+                 read_code, read_ranking)
+from reward import Reward
+from standin import EQUAL, StandIn, attempt_of, attempts_of, score
 
 KEY = "sk-marked-fake-key-000"
 
@@ -280,6 +286,7 @@ def test_analysis_takes_the_last_json_object():
     text = 'Like {"params": {}} but:\n```json\n{"blocked_by": "too\\n little", "params": {"push_weight": 6}}\n```\nbye {'
     assert read_analysis(text, THETA) == ("too little", {"push_weight": 6.0})
     assert read_analysis('{"params": {"bias": -3.5}}', THETA) == ("", {"bias": -3.5})
+    assert read_analysis('{"blocked_by": "nothing", "params": {}}', THETA) == ("nothing", {})     # no parameter is to blame
     assert read_analysis('{"blocked_by": "\\ud83d \\u001b[31mred", "params": {"bias": -1}}', THETA)[0] == "[31mred"
 
 
@@ -287,7 +294,8 @@ def test_analysis_takes_the_last_json_object():
     ('{"pull_weight": 1}', "pull_weight is not a parameter"), ('{"push_weight": "big"}', "must be a number"),
     ('{"push_weight": true}', "must be a number"), ('{"push_weight": null}', "must be a number"),
     ('{"push_weight": NaN}', "must be a number"), ('{"push_weight": 1e999}', "must be a number"),
-    ('{"push_weight": -2}', "positive"), ('{"push_weight": 0}', "positive"), ("{}", "at least one"), ("[1]", "at least one")])
+    ('{"push_weight": -2}', "positive"), ('{"push_weight": 0}', "positive"), ("[1]", "must be an object"),
+    ('"push_weight"', "must be an object")])
 def test_broken_analyses_get_the_reason(params, reason):
     with pytest.raises(UnusableReply, match=reason):
         read_analysis(f'{{"blocked_by": "x", "params": {params}}}', THETA)
@@ -295,17 +303,95 @@ def test_broken_analyses_get_the_reason(params, reason):
         read_analysis("raise the push weight to 6 " + "{" * 10000, THETA)
 
 
-def test_descriptions_hold_extremes_runs_and_units():
-    force = np.zeros(50)
-    force[[10, 11, 12, 20]] = 0.127, 1.9994, 0.3, 0.5
-    text = describe_attempt(3, {"force": force, "cosine": np.linspace(-1, 1, 50)}, {"force": "N", "cosine": ""}, 0.05,
-                            [("force", ">", 0.01), ("cosine", ">=", 0.9)])
-    assert text.startswith("Attempt 3:") and "force [N]" in text
-    assert "1.999 (0.60)" in text and "0 (0.05)" in text
-    assert "force > 0.01: in 4 of 50 steps, longest unbroken run 3 steps (0.55 to 0.65 s)" in text
-    assert "-1 (0.05)" in text and "-0 " not in text
-    assert len(text) < 1600                                          # about 500 tokens at most
+# A task of every kind of condition: near, then hold and lift for three steps, never with more than 2 N or 0.05 m away.
+CARRY = SimpleNamespace(stages=(("near", "<=", 0.05),), success=(("force", ">", 0.0), ("height", ">=", 0.1)), steps=3,
+                        limits=(("force", ">", 2.0), ("away", ">", 0.05)))
+NEAR = [0.2, 0.12, 0.05, 0.04, 0.04, 0.04, 0.04, 0.06, 0.1, 0.2]
+DONE = dict(near=NEAR, force=[0, 0, 0, 1, 1.2344, 1, 2, 1, 0, 0], height=[0, 0, 0, 0, 0.1, 0.2, 0.15, 0.0996, 0.2, 0],
+            away=[0] * 10, tilt=[-0.5, 0, 0, -0.0004, 0, 0, 26.66, 0, 0, 1])
+
+
+def described(**series):
+    return describe_attempt(7, {name: np.array(values, float) for name, values in series.items()}, 0.05, CARRY)
+
+
+def test_an_attempt_that_fulfils_the_task_in_every_word():
+    assert described(**DONE) == """Attempt 7: fulfils the task (done at 0.35 s)
+  limit force <= 2: kept
+  limit away <= 0.05: kept
+  near <= 0.05: in 5 of 10 steps, first at 0.15 s, longest run 5 from 0.15 s on
+  force > 0 and height >= 0.1: in 3 of 10 steps, first at 0.25 s, longest run 3 from 0.25 s on
+  time 0.05 0.20 0.35 0.50 | lowest highest
+  near 0.2 0.04 0.04 0.2 | 0.04 0.2
+  force 0 1 2 0 | 0 2
+  height 0 0 0.15 0 | 0 0.2
+  away 0 0 0 0 | 0 0
+  tilt -0.5 0 26.7 1 | -0.5 26.7"""
+
+
+def test_an_attempt_that_is_too_short_does_not_fulfil_the_task():
+    text = described(**{**DONE, "force": [0, 1, 0, 0, 1, 1, 0, 1, 1, 0], "height": [0.2] * 10})
+    assert text.startswith("Attempt 7: does not fulfil the task\n  limit force <= 2: kept\n")
+    assert "\n  force > 0 and height >= 0.1: in 5 of 10 steps, first at 0.10 s, longest run 2 from 0.25 s on\n" in text
+    text = described(**{**DONE, "near": [0.06] * 10})
+    assert "\n  near <= 0.05: in 0 of 10 steps\n  force" in text and text.startswith("Attempt 7: fulfils")
+
+
+def test_a_broken_limit_is_told_with_its_time_its_length_and_its_most():
+    # After it was done: the limits hold for the whole attempt. The earlier of the two counts for runs before.
+    text = described(**{**DONE, "away": [0] * 7 + [0.051, 0.05, 0.0712], "force": [*DONE["force"][:8], 3.5, 0]})
+    assert text.startswith("""Attempt 7: does not fulfil the task (done but for the limits at 0.35 s)
+  limit force <= 2: broken first at 0.45 s, in 1 steps, by up to 3.5
+  limit away <= 0.05: broken first at 0.40 s, in 2 steps, by up to 0.071
+  near <= 0.05: in 5 of 10 steps, first at 0.15 s, longest run 5 from 0.15 s on, 5 before a limit broke
+  force > 0 and height >= 0.1: in 4 of 10 steps, first at 0.25 s, longest run 3 from 0.25 s on, 3 before a limit broke
+""")
+    # Before, and never done: only what led up to it counts.
+    text = described(**{**DONE, "away": [0] * 5 + [0.3] * 5, "height": [0] * 10})
+    assert text.startswith("""Attempt 7: does not fulfil the task
+  limit force <= 2: kept
+  limit away <= 0.05: broken first at 0.30 s, in 5 steps, by up to 0.3
+  near <= 0.05: in 5 of 10 steps, first at 0.15 s, longest run 5 from 0.15 s on, 3 before a limit broke
+  force > 0 and height >= 0.1: in 0 of 10 steps
+""")
+    assert ", 0 before a limit broke" in described(**{**DONE, "away": [1] * 10})
     assert longest_run([False]) == (0, -1) and longest_run([True, True, False, True]) == (2, 1)
+
+
+def tokens(text):
+    """A pessimistic count: no tokenizer needs more."""
+    return len(re.findall(r"\d{1,3}|_?[A-Za-z]+| (?=\d)|[^\w\s]|\n", text))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_descriptions_of_random_episodes_are_short(task):
+    env, rng = PandaEnv(task), np.random.default_rng(0)
+    for seed in range(8):
+        env.reset(seed=seed)
+        rows = [env.step(rng.uniform(-1, 1, 4) - (0, 0, 0.3, 0))[-1]["features"] for _ in range(EPISODE_STEPS)]
+        series = {name: np.array([row[name] for row in rows]) for name in env.feature_names}
+        assert 200 < tokens(describe_attempt(16, series, DT, TASKS[task])) < 400
+    env.close()
+
+
+@pytest.mark.parametrize("task", [pytest.param("touch", marks=pytest.mark.xfail(
+    strict=True, reason="llm.describe_attempt: 410 tokens or so where both limits are broken late")), "grasp", "push"])
+def test_descriptions_are_short_even_where_there_is_much_to_tell(task):
+    # All limits broken late, every condition met for a while, and three digits wherever the first step leaves any.
+    ramp, late = np.linspace(0, 1, EPISODE_STEPS), np.arange(EPISODE_STEPS) >= 38
+    series = {name: FEATURES[name].low + 0.123 * (0.987 + ramp) * (FEATURES[name].high - FEATURES[name].low)
+              for name in TASKS[task].features}
+    for name, sign, value in (*TASKS[task].stages, *TASKS[task].success):
+        met, unmet = (value - 0.0013, value + 0.1234) if sign == "<=" else (value + 0.1234, max(0, value - 0.0123))
+        series[name] = np.where((ramp > 0.3) & (ramp < 0.9) | late, met, unmet) + 0.0001 * ramp
+    for name, sign, value in TASKS[task].limits:
+        series[name] = np.where(late, value + 0.1234, series[name])
+    for name in ("contact_force", "grip_force", "block_height", "block_displacement", "block_speed"):
+        if name in series:
+            series[name][0] = 0
+    text = describe_attempt(16, series, DT, TASKS[task])
+    assert text.count("broken first") == len(TASKS[task].limits)
+    assert tokens(text) < 400
 
 
 def test_prompts_can_be_edited(tmp_path, monkeypatch):
@@ -368,8 +454,226 @@ def test_manual_prints_the_prompt_and_reads_to_end(monkeypatch, capsys):
         Manual()([{"role": "user", "content": "?"}])
 
 
-def test_offline_stand_in_says_what_it_is_and_what_it_cannot():
-    reply = Offline()([{"role": "user", "content": prompt("propose", task="push", goal="", features="", functions="")}])
+def test_the_stand_in_says_what_it_is_and_what_it_cannot():
+    reply = StandIn()([{"role": "user", "content": prompt("propose", task="push", goal="", features="", functions="")}])
     assert "not an LLM's" in reply.text and "push_weight=2.0" in reply.text
     with pytest.raises(LLMError, match="OPENAI_API_KEY"):
-        Offline()([{"role": "user", "content": "Task: juggle"}])
+        StandIn()([{"role": "user", "content": "Task: juggle"}])
+    with pytest.raises(LLMError, match="OPENAI_API_KEY"):                # it would only repeat itself
+        StandIn()([{"role": "user", "content": "Task: push"}, {"role": "assistant", "content": ""}])
+
+
+def imagined(task, near=0.05, **series):
+    """An attempt as a dict of (50,) arrays: the hand comes to `near` metres of the block and stays; the rest as given."""
+    nothing = {name: np.zeros(50) for name in TASKS[task].features}
+    start = {"hand_to_block": np.maximum(np.linspace(0.15, -0.15, 50), near)}
+    if "block_to_goal" in nothing:
+        start["block_to_goal"] = np.full(50, 0.13)
+    return {**nothing, **start, **{name: np.array(values, float) for name, values in series.items()}}
+
+
+def from_step(step, value, until=50):
+    """`value` from a step on, until another; 0 before and after."""
+    return np.where((np.arange(50) >= step) & (np.arange(50) < until), value, 0.0)
+
+
+def any_attempt(task, rng):
+    """One that reaches some stages and not others, for a while or for good."""
+    t, held = np.arange(50), np.repeat(rng.random(17) < 0.7, 3)[:50] & (np.arange(50) > rng.integers(5, 45))
+    slide = np.cumsum(held * rng.uniform(0, 0.008))
+    height = np.where(held & (t > 20), rng.uniform(0.03, 0.12), 0.0)
+    series = dict(contact_force=held * rng.choice([0.1, 1.2, 5.7]), grip_force=held * rng.choice([0.0, 2.9]),
+                  block_height=height, block_displacement=slide, block_to_goal=np.abs(0.13 - slide))
+    return imagined(task, rng.choice([0.008, 0.033, 0.08]),
+                    **{name: values for name, values in series.items() if name in TASKS[task].features})
+
+
+def progress(task, series):
+    """What score() promises, from the numbers themselves: (progress, whether the attempt fulfils the task)."""
+    def longest(met):
+        return max((len(list(group)) for true, group in itertools.groupby(met) if true), default=0)
+
+    excess, before = 1.0, 50
+    if task == "touch":
+        excess = max(series["contact_force"].max() / 2, series["block_displacement"].max() / 0.05, 1)
+        broken = (series["contact_force"] > 2) | (series["block_displacement"] > 0.05)
+        before = int(broken.argmax()) if broken.any() else 50
+    goal = {"touch": lambda: series["contact_force"] > 0.01, "push": lambda: series["block_to_goal"] <= 0.03,
+            "grasp": lambda: (series["grip_force"] > 0) & (series["block_height"] >= 0.08)}[task]()
+    steps = {"touch": 10, "grasp": 5, "push": 3}[task]
+    fulfils = before == 50 and longest(goal) >= steps
+    value = np.clip((0.15 - series["hand_to_block"].min()) / 0.12, 0, 1)
+    kept_up = min(longest(goal[:before]) / steps, 1)
+    if task == "touch":
+        value += 2 * kept_up
+    elif task == "grasp":
+        held = min(longest(series["grip_force"] > 0) / 5, 1) * (series["hand_to_block"].min() < 0.03)
+        value += held + held * min(series["block_height"].max() / 0.08, 1) + kept_up
+    else:
+        value += 2 * (1 - series["block_to_goal"][-1] / series["block_to_goal"][0]) + kept_up
+    value -= (0.5 + 0.25 * min(excess - 1, 2)) * (excess > 1)
+    return value + 0.5 * fulfils * goal.sum() / 50, fulfils
+
+
+def nearly_broken(task, series):
+    """Whether a limit is broken by less than its description shows."""
+    return any(value < series[name].max() <= 1.02 * value for name, _, value in TASKS[task].limits)
+
+
+def read(task, series):
+    """The stand-in's view of an attempt."""
+    return attempt_of(describe_attempt(1, series, DT, TASKS[task]).partition(":")[2])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_read_off_descriptions_are_those_of_the_numbers(task):
+    rng = np.random.default_rng(0)
+    attempts = [series for series in (any_attempt(task, rng) for _ in range(70)) if not nearly_broken(task, series)][:60]
+    expected = [progress(task, series) for series in attempts]
+    texts = [describe_attempt(i + 1, series, DT, TASKS[task]) for i, series in enumerate(attempts)]
+    text = "The attempts:\n\n" + "\n  reward per step 1.5 = 1.5 (a)\n\n".join(texts) + "\n\nRank them."
+    found = attempts_of(text)
+    assert list(found) == list(range(1, 61))
+    assert [attempt["fulfils"] for attempt in found.values()] == [fulfils for _, fulfils in expected]
+    assert 3 < sum(fulfils for _, fulfils in expected) < 57
+    # Descriptions are rounded: a millimetre is 0.02 of the way to the goal.
+    scores = [score(task, attempt) for attempt in found.values()]
+    np.testing.assert_allclose(scores, [value for value, _ in expected], atol=0.03)
+    assert np.ptp([value for value, _ in expected]) > 1
+    for series, attempt in zip(attempts, found.values()):
+        for name, (first, last, low, high) in attempt["readings"].items():
+            values = series[name][0], series[name][-1], series[name].min(), series[name].max()
+            np.testing.assert_allclose((first, last, low, high), values, atol=6e-4)
+        assert list(attempt["readings"]) == list(TASKS[task].features)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_stand_in_ranks_by_score_and_calls_close_ones_equal(task):
+    rng = np.random.default_rng(1)
+    attempts = [any_attempt(task, rng) for _ in range(24)]
+    scores = [score(task, read(task, series)) for series in attempts]
+    text = "\n\n".join(describe_attempt(i + 1, series, DT, TASKS[task]) for i, series in enumerate(attempts))
+    question = prompt("rank", count=24, task=task, goal=TASKS[task].goal, features="", trajectories=text)
+    groups = [[scores[i - 1] for i in group]
+              for group in read_ranking(StandIn()([{"role": "user", "content": question}]).text, 24)]
+    assert 1 < len(groups) < 24
+    for better, worse in zip(groups, groups[1:]):
+        assert min(better) > max(worse) and max(better) - max(worse) >= EQUAL
+    assert all(max(group) - min(group) < EQUAL for group in groups)
+
+
+# The least of all successes and the best of all failures.
+LEAST = {
+    "touch": imagined("touch", contact_force=from_step(25, 0.05, until=35), block_displacement=from_step(25, 0.05)),
+    "grasp": imagined("grasp", 0.025, grip_force=from_step(25, 1, until=30), block_height=from_step(25, 0.08, until=30)),
+    "push": imagined("push", block_to_goal=np.r_[np.linspace(0.13, 0.03, 25), [0.01] * 3, np.linspace(0.03, 0.1, 22)])}
+MOST = {
+    "touch": [imagined("touch", 0.03, contact_force=1.9 * (np.arange(50) % 10 > 0)),
+              imagined("touch", 0.03, contact_force=from_step(10, 0.1), block_displacement=from_step(49, 0.051))],
+    "grasp": [imagined("grasp", 0.002, grip_force=from_step(10, 3), block_height=from_step(10, 0.079)),
+              imagined("grasp", 0.002, grip_force=from_step(10, 3), block_height=from_step(20, 0.3, until=24)),
+              imagined("grasp", 0.002, grip_force=from_step(10, 3, until=25), block_height=from_step(25, 0.3))],
+    "push": [imagined("push", 0.03, block_to_goal=np.linspace(0.13, 0.031, 50)),
+             imagined("push", 0.03, block_to_goal=np.r_[np.linspace(0.13, 0.031, 48), 0.02, 0.02])]}
+
+
+@pytest.mark.parametrize("task", ["touch", "grasp", pytest.param("push", marks=pytest.mark.xfail(
+    strict=True, reason="standin.score: a push that passes through the goal scores less than one that ends beside it"))])
+def test_the_least_success_beats_the_best_failure(task):
+    assert read(task, LEAST[task])["fulfils"] and not any(read(task, series)["fulfils"] for series in MOST[task])
+    assert score(task, read(task, LEAST[task])) > max(score(task, read(task, series)) for series in MOST[task]) + EQUAL
+
+
+def test_a_success_that_is_kept_up_longer_is_better():
+    for task, name, values in (("touch", "contact_force", (0.1, 0.0)), ("push", "block_to_goal", (0.02, 0.13))):
+        def kept_up(until):
+            return score(task, read(task, imagined(task, **{name: np.where(from_step(10, 1, until) > 0, *values)})))
+        assert kept_up(45) > kept_up(25) + EQUAL
+
+
+def test_a_fist_on_the_block_is_no_grip():
+    pressing = from_step(20, 3)
+    fist = score("grasp", read("grasp", imagined("grasp", 0.035, grip_force=pressing, contact_force=2 * pressing)))
+    idle = score("grasp", read("grasp", imagined("grasp", 0.035)))
+    grip = score("grasp", read("grasp", imagined("grasp", 0.029, grip_force=pressing, contact_force=2 * pressing)))
+    assert fist == idle and grip > fist + 0.9
+
+
+def test_breaking_a_limit_costs_the_more_the_sooner_and_the_further():
+    def touch(force=0.1, moved=0.0, at=45):
+        contact = from_step(20, 0.1)
+        contact[at] = force
+        return score("touch", read("touch", imagined("touch", contact_force=contact, block_displacement=from_step(at, moved))))
+
+    kept = touch()
+    for broken in (touch(force=2.2), touch(moved=0.055)):
+        assert broken < kept - 0.4
+    assert touch(force=2.2) > touch(force=3) > touch(force=5)
+    assert touch(moved=0.055) > touch(moved=0.08) > touch(moved=0.14)
+    assert touch(force=2.2) > touch(force=2.2, at=26) > touch(force=2.2, at=22)
+    assert touch(force=1.9) == pytest.approx(kept)
+    # Breaking it counts for less than getting anywhere: it is worse than the same contact, but not than none.
+    assert touch(moved=0.055) > score("touch", read("touch", imagined("touch")))
+
+
+@pytest.mark.xfail(strict=True, reason="standin.score: costs nothing where the description rounds the most to the limit")
+def test_breaking_a_limit_by_little_costs_too():
+    contact = from_step(20, 0.1)
+    broken = imagined("touch", contact_force=contact, block_displacement=from_step(45, 0.0503))
+    kept = imagined("touch", contact_force=from_step(20, 0.1, until=29))             # too short to fulfil the task
+    assert not read("touch", broken)["fulfils"] and not read("touch", kept)["fulfils"]
+    assert score("touch", read("touch", broken)) < score("touch", read("touch", kept))
+
+
+def analysed(task, code, *attempts):
+    """The stand-in's answer to a failure analysis: (what blocks, changes)."""
+    text = "\n\n".join(describe_attempt(i + 1, series, DT, TASKS[task]) + "\n  reward per step 0.5 = 0.5 (a)"
+                       for i, series in enumerate(attempts))
+    question = prompt("analyse", task=task, goal=TASKS[task].goal, features="", reward=code, trajectories=text)
+    return read_analysis(StandIn()([{"role": "user", "content": question}]).text, Reward(code, TASKS[task].features).params)
+
+
+PUSH = """def shove(hand_to_block, block_to_goal, hopes=1.0, range=0.1):
+    return {"a": np.exp(-hand_to_block / 0.1), "b": hopes * np.exp(-block_to_goal / range)}"""
+GRASP = """def r(hand_to_block, grip_force, block_height, come=3.0, hold=2.0, up=4.0):
+    gripped = np.minimum(grip_force, 1.0)
+    return {"a": come * np.exp(-hand_to_block / 0.05), "b": hold * gripped, "c": up * gripped * block_height / 0.08}"""
+TOUCH = """def r(contact_force, hand_to_block, pay=3.0, least=1.0):
+    return {"a": 1.0 * (0.2 - hand_to_block), "b": pay * np.where(contact_force > least, 1.0, 0.0)}"""
+
+
+def test_an_analysis_raises_what_makes_the_next_stage_pay_too_little():
+    touching = imagined("push", 0.032, contact_force=from_step(20, 0.25))
+    why, changes = analysed("push", PUSH.replace("hopes=1.0", "hopes=0.05"), touching)
+    assert list(changes) == ["hopes"] and changes["hopes"] in (0.15, 0.5) and "stage 2" in why and "too little" in why
+    # A threshold that no real contact crosses.
+    why, changes = analysed("touch", TOUCH, imagined("touch"))
+    assert changes == {"least": 0.1} and "stage 2" in why
+
+
+def test_an_analysis_looks_at_the_first_stage_that_fewer_than_half_of_the_attempts_reach():
+    far, near = imagined("grasp", 0.1), imagined("grasp", 0.01)
+    gripped = imagined("grasp", 0.01, grip_force=from_step(30, 3))
+    lifted = imagined("grasp", 0.01, grip_force=from_step(30, 3), block_height=from_step(40, 0.09))
+    for attempts, stage, written, name in (
+            ([], 1, "come=3.0", "come"), ([far, far, near], 1, "come=3.0", "come"), ([far, near], 2, "hold=2.0", "hold"),
+            ([near, near, gripped], 2, "hold=2.0", "hold"), ([far, gripped, gripped], 3, "up=4.0", "up"),
+            ([lifted] * 3, 3, "up=4.0", "up")):
+        why, changes = analysed("grasp", GRASP.replace(written, f"{name}=0.1"), *attempts)
+        assert f"stage {stage} " in why
+        assert list(changes) == [name] and changes[name] > 0.1
+
+
+def test_an_analysis_changes_nothing_where_going_on_pays():
+    for task, code, attempts in (("push", PUSH, [imagined("push", 0.032, contact_force=from_step(20, 0.25))]),
+                                 ("grasp", GRASP, [imagined("grasp", 0.01)]), ("grasp", GRASP, []),
+                                 ("touch", TOUCH.replace("least=1.0", "least=0.05"), [imagined("touch")])):
+        why, changes = analysed(task, code, *attempts)
+        assert changes == {} and "no parameter is to blame" in why
+    # Nor where nothing that can be changed would help.
+    useless = """def r(hand_to_block, lean=1.0):
+    return {"a": -hand_to_block, "b": 0 * lean}"""
+    why, changes = analysed("push", useless, imagined("push", 0.032, contact_force=from_step(20, 1)))
+    assert changes == {} and "too little" in why
+    with pytest.raises(LLMError, match="cannot read the reward"):
+        StandIn()([{"role": "user", "content": prompt("analyse", task="push", reward="def r(x): pass")}])

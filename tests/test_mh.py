@@ -85,6 +85,9 @@ def test_what_the_likelihood_ignores_keeps_its_centre():
         error = 4 / np.sqrt(posterior.ess)
         assert math.log(posterior.mean[0] / 5.0) == pytest.approx(0, abs=math.log(10) * error[0])
         assert posterior.mean[2] == pytest.approx(-3.0, abs=3 * math.log(10) * error[2])
+        # Their spread is the prior's: ln 10 in log θ, three times that where θ is real with a centre of -3.
+        assert np.log(posterior.samples[..., 0]).std() == pytest.approx(math.log(10), rel=0.07)
+        assert posterior.samples[..., 2].std() == pytest.approx(3 * math.log(10), rel=0.07)
         shrunk = 1 / (1 + (0.2 / math.log(10)) ** 2)
         assert math.log(posterior.mean[1] / 2.0) == pytest.approx(shrunk * math.log(10), abs=0.2 * error[1])
 
@@ -105,6 +108,8 @@ def test_every_rung_has_its_own_target():
         error = 4 * np.sqrt(variance / effective_sample_size(rung))
         assert (np.abs(rung.mean(axis=(0, 1)) - variance * power * means / stds ** 2) < error).all()
         np.testing.assert_allclose(rung.std(axis=(0, 1)), np.sqrt(variance), rtol=0.1)
+    # Neighbours on a ladder swap: a chain stands where the one above it stood a step before.
+    assert (draws[:-1, :, 1:] == draws[1:, :, :-1]).all(axis=-1).any(axis=(1, 2)).all()
 
 
 def test_posterior_of_a_threshold():
@@ -165,10 +170,10 @@ def test_same_seed_same_draws():
 def test_impossible_regions_are_avoided_and_impossible_likelihoods_refused():
     def log_likelihood(theta):
         with np.errstate(invalid="ignore"):
-            return np.where(theta[:, 0] < 1, np.nan, 0.0)
+            return np.where(theta[:, 0] < 1, np.nan, np.where(theta[:, 0] > 10, np.inf, 0.0))
 
     posterior = sample_posterior(log_likelihood, [1.0], rng=np.random.default_rng(0))
-    assert posterior.samples.min() >= 1
+    assert posterior.samples.min() >= 1 and posterior.samples.max() <= 10
     with pytest.raises(SamplerError, match="finite likelihood"):
         sample_posterior(lambda theta: np.full(len(theta), np.nan), [1.0], steps=(20,))
 
@@ -216,6 +221,17 @@ def test_lost_chains_go_on_from_one_that_is_not():
                             np.random.default_rng(0))
 
 
+def test_lost_chains_look_for_the_support_all_over_the_prior():
+    # They start close together, three of the prior's standard deviations away from all that is possible.
+    def log_likelihood(z):
+        return np.where((np.abs(z - 3) < 0.3).all(axis=-1), 0.0, -np.inf)
+
+    start = 0.1 * np.random.default_rng(1).standard_normal((3, 8, 1))
+    draws, _ = metropolis_hastings(log_likelihood, lambda z: -0.5 * (z ** 2).sum(axis=-1), start, 400, 20,
+                                   np.random.default_rng(0))
+    assert np.isfinite(log_likelihood(draws)).all()
+
+
 def test_what_is_kept_comes_from_one_fixed_kernel():
     # With a flat likelihood the prior is the target; the acceptance rate is that of the kept part alone. On a ladder of
     # one rung nothing but accepted proposals moves a chain.
@@ -227,6 +243,24 @@ def test_what_is_kept_comes_from_one_fixed_kernel():
     assert draws.std() == pytest.approx(1, abs=0.05)
     with pytest.raises(ValueError, match="burn_in"):
         sample_posterior(lambda theta: theta[:, 0], [1.0], steps=(1,))
+
+
+def test_proposals_adapt_in_burn_in_only():
+    # With a flat target everything is accepted: proposals that went on learning from the draws would grow without end.
+    draws, acceptance = metropolis_hastings(lambda z: np.zeros(len(z)), lambda z: np.zeros(len(z)),
+                                            np.random.default_rng(1).standard_normal((1, 8, 2)), 200, 2000,
+                                            np.random.default_rng(0), (1.0,))
+    lengths = np.abs(np.diff(draws[0], axis=1)).mean(axis=(0, 2))
+    assert acceptance == 1 and lengths[-500:].mean() == pytest.approx(lengths[:500].mean(), rel=0.1)
+
+
+def test_acceptance_is_that_of_the_cold_rung():
+    # Peaks so narrow and high that hardly any proposal hits one; the second rung hardly feels them.
+    draws, acceptance = metropolis_hastings(lambda z: 50 * np.sin(1e5 * z[:, 0]), lambda z: -0.5 * (z ** 2).sum(axis=-1),
+                                            np.random.default_rng(1).standard_normal((2, 8, 1)), 200, 500,
+                                            np.random.default_rng(0), (1.0, 0.001))
+    moved = (np.diff(draws, axis=2) != 0).mean(axis=(1, 2, 3))
+    assert acceptance < 0.2 and moved[1] > 0.5
 
 
 def test_diagnostics_tell_mixed_from_stuck():
@@ -287,14 +321,13 @@ def test_longer_runs_follow_until_the_draws_have_mixed():
 
 
 def test_a_longer_run_goes_on_where_the_last_one_ended():
-    # The chains start as draws from the prior once, whatever the number of runs; then from the last draws.
-    firsts = []
+    # The chains start as draws from the prior, around 0 in log θ; the posterior lies around 8.4.
+    tried = []
 
     def log_likelihood(theta):
-        firsts.append(theta.copy())
-        return -0.5 * ((np.log(theta[:, 0]) - 10) / 0.01) ** 2
+        tried.append(np.log(theta[:, 0]))
+        return -0.5 * (tried[-1] - 10) ** 2
 
-    posterior = sample_posterior(log_likelihood, [1.0], steps=(200, 4), rng=np.random.default_rng(0))
-    second = np.log(firsts[len(POWERS) * (1 + 400)])                    # the cold rung of the second run
-    np.testing.assert_allclose(second, 10, atol=0.1)
-    assert posterior.samples.shape == (8, 4, 1)
+    sample_posterior(log_likelihood, [1.0], steps=(24, 4), rng=np.random.default_rng(0))
+    first, second = tried[0], tried[len(POWERS) * (1 + 2 * 24)]           # the cold rung's starts
+    assert first.max() < 6 < second.min()

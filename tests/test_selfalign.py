@@ -127,7 +127,8 @@ def touches(count, force=0.1, first=0):
 @pytest.fixture
 def update(monkeypatch):
     """update(groups, ...): one update of touch's θ after that ranking of `touches`; returns (change, what was called)."""
-    def run(groups, mean=None, mixed=True, age=None, changes=None, analysis=("why", {"contact_weight": 9.0}), D=None):
+    def run(groups, mean=None, mixed=True, age=None, changes=None, analysis=("why", {"contact_weight": 9.0}), D=None,
+            step=10_000, real_align=None):
         reward, called = offline_reward("touch"), []
         changes = changes or [selfalign.Change(0, "proposal", reward.params, reward.params)]
         monkeypatch.setattr(selfalign, "rank_attempts", lambda *args: groups)
@@ -141,11 +142,11 @@ def update(monkeypatch):
         def analyse(*args):
             called.append(("analyse",))
             return analysis
-        monkeypatch.setattr(selfalign, "align", align)
+        monkeypatch.setattr(selfalign, "align", real_align or align)
         monkeypatch.setattr(selfalign, "analyse_failure", analyse)
         count = sum(map(len, groups))
         age = np.full(count, 0.5) if age is None else age
-        change = selfalign.update_theta(None, "touch", reward, touches(count), age, [] if D is None else D, changes, [0.0], 10_000,
+        change = selfalign.update_theta(None, "touch", reward, touches(count), age, [] if D is None else D, changes, [0.0], step,
                                         np.random.default_rng(0))
         return change, called
     return run
@@ -203,15 +204,31 @@ def test_nothing_is_asked_while_the_robot_gets_better(update):
 
 def test_a_change_after_which_the_robot_is_worse_is_undone(update):
     first = agreeing()[0]
-    changes = [first, selfalign.Change(10_000, "analysis", *2 * [{**first.theta, "reach_weight": 50.0}])]
-    earlier_best = np.array([0.0, 0.1, 0.2, 1.0, 1.1, 1.2])
-    change, called = update(LONGEST_FIRST, age=earlier_best, changes=changes)
-    assert (change.cause, change.theta, change.prior) == ("undone", first.theta, first.prior) and not called
-    change, called = update(LONGEST_FIRST, age=earlier_best[::-1], changes=changes)      # better now: kept
+    worse = {**first.theta, "contact_weight": 9.0}
+    changes = [first, selfalign.Change(10_000, "analysis", worse, worse)]
+    earlier_best, same = np.array([0.0, 0.1, 0.2, 1.0, 1.1, 1.2]), np.full(6, 0.5)
+    change, called = update(LONGEST_FIRST, age=earlier_best, changes=changes, step=20_000)
+    assert (change.step, change.cause, change.theta, change.prior) == (20_000, "undone", first.theta, first.prior) and not called
+    change, called = update(LONGEST_FIRST, age=earlier_best[::-1], changes=changes, step=20_000)      # better now: kept
+    assert change is None
+    change, called = update(LONGEST_FIRST, age=earlier_best, changes=changes, step=30_000)   # not the last period's change
     assert change is None or change.cause != "undone"
-    changes.append(selfalign.Change(20_000, "undone", first.theta, first.prior))         # what was undone does not come back
-    change, called = update(LONGEST_FIRST, age=earlier_best, changes=changes)
-    assert change.cause != "undone"
+    changes.append(selfalign.Change(20_000, "undone", first.theta, first.prior))
+    change, called = update(LONGEST_FIRST, age=earlier_best, changes=changes, step=30_000)   # an undoing is not undone
+    assert change is None and called == [("analyse",)]                    # nor is what was undone taken again
+    change, called = update(LONGEST_FIRST, age=same, changes=changes, step=40_000, analysis=("other", {"reach_weight": 2.0}))
+    assert change.cause == "analysis" and change.theta == {**first.theta, "reach_weight": 2.0}
+
+
+def test_a_sampler_that_fails_costs_neither_the_ranking_nor_the_analysis(update, monkeypatch):
+    D = []
+
+    def fails(*args, **kwargs):
+        raise selfalign.SamplerError("nothing found")
+    monkeypatch.setattr(selfalign, "sample_posterior", fails)
+    real = selfalign.align
+    change, called = update(LONGEST_FIRST, D=D, real_align=real)
+    assert change.cause == "analysis" and len(D) == 1
 
 
 def test_a_nearly_learnt_skill_is_left_alone():
@@ -221,6 +238,7 @@ def test_a_nearly_learnt_skill_is_left_alone():
     assert nearly(0, 0, 0, 0, 10, 20, 40, 60, 60)                        # on its way
     assert nearly(*[95] * 19)
     assert not nearly(*[0] * 8, 60, *[50] * 10)                          # no better than the period before
+    assert not nearly(*[0] * 8, 60, *[90] * 7, *[50] * 3)                # not any more
     assert nearly(*[0] * 8, 40, *[50] * 10)
 
 
@@ -369,12 +387,42 @@ def test_the_analysis_prompt_says_how_theta_came_about():
                selfalign.Change(10_000, "posterior", {**reward.params, "reach_weight": 0.125}, reward.params)]
     taus = touches(5)
     returns = selfalign.returns_of(reward, changes[-1].theta, *selfalign.columns(taus, TASKS["touch"].features))
-    result = selfalign.analyse_failure(LLM(backend, lambda exchange: None), "touch", reward, taus, returns, changes, [0.0, 0.35])
+    result = selfalign.analyse_failure(LLM(backend, lambda exchange: None), "touch", reward, taus, returns,
+                                       np.array([1, 0, 0, 0.5]), changes, [0.0, 0.35])
     assert result == ("x", {"contact_threshold": 0.2})
     for words in ("- 0 steps, proposal: reach_weight=1,", "- 10,000 steps, posterior: reach_weight=0.125,", "2,000: 0%, 3,000: 35%",
-                  "reach_weight=0.125", "discount of 0.97", "reward per step 0.0838 = 0.0838 (reach) + 0 (contact)"):
+                  "reach_weight=0.125", "discount of 0.97", "orders 38% wrongly",
+                  "reward per step 0.0838 = 0.0838 (reach) + 0 (contact)"):
         assert words in asked[0], words
     assert "$" not in asked[0]
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_no_placeholder_is_left_in_a_prompt(task):
+    asked = []
+
+    def backend(messages):
+        asked.append(messages[0]["content"])
+        return StandIn()(messages)
+    llm, taus = LLM(backend, lambda exchange: None), [np.zeros((50, len(TASKS[task].features)))] * 2
+    reward = selfalign.propose_reward(llm, task, selfalign.random_features(task))
+    assert selfalign.rank_attempts(llm, task, taus) == [[0, 1]]
+    selfalign.analyse_failure(llm, task, reward, taus, np.zeros(2), np.zeros(1), [selfalign.Change(0, "proposal", reward.params, {})], [0.0])
+    assert len(asked) == 3
+    for text in asked:
+        assert "$" not in text and TASKS[task].goal in text
+        assert ("limit is broken" in text) == bool(TASKS[task].limits)
+    assert ("breaks a limit" in asked[1]) == bool(TASKS[task].limits)
+
+
+def test_an_analysis_that_makes_the_reward_infinite_goes_back():
+    reward = Reward("def r(contact_force, scale=1.0):\n    return {'a': np.exp(contact_force / scale)}", TASKS["touch"].features)
+    answers = iter(['{"params": {"scale": 1e-5}}', '{"params": {"scale": 0.5}}'])
+    llm = LLM(lambda messages: Reply(next(answers)), lambda exchange: None)
+    taus = touches(3)
+    _, params = selfalign.analyse_failure(llm, "touch", reward, taus, np.zeros(3), np.zeros(1),
+                                          [selfalign.Change(0, "proposal", reward.params, {})], [0.0])
+    assert params == {"scale": 0.5}
 
 
 def test_rankings_are_of_the_trajectories_that_were_shown():
