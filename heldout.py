@@ -21,8 +21,8 @@ from envs import EPISODE_STEPS, TASKS
 from llm import LLM, prompt, read_code
 from mh import SamplerError
 from reward import Reward, RewardError
-from selfalign import (DISCORDANT, GAIN, UPDATE_EVERY, align, choose_trajectories, columns, describe, discordant, explained, pairs_of,
-                       rank_attempts, returns_of)
+from selfalign import (DISCORDANT, GAIN, UPDATE_EVERY, Change, align, choose_trajectories, columns, describe, discordant,
+                       estimate, explained, pairs_of, rank_attempts, returns_of)
 
 MOST = 150      # episodes of each kind that are compared
 
@@ -48,9 +48,9 @@ def judge(task, reward, theta, episodes, scores, seed=0):
     before, new, result = explained(reward, theta, D, names), theta, {"taken": 0, "rhat": np.nan, "ess": np.nan}
     if before < 1 - DISCORDANT:                    # the steps of `selfalign.update_theta` that concern the posterior
         posterior = align(reward, theta, D, names, rng)
-        mean = dict(zip(theta, posterior.mean.tolist()))
-        taken = posterior.mixed and explained(reward, mean, D, names) - before > GAIN
-        new = mean if taken else theta
+        new, gain = estimate(posterior, reward, Change(0, "proposal", theta, theta), D, names)
+        taken = posterior.mixed and gain > GAIN
+        new = new if taken else theta
         result = {"taken": int(taken), "rhat": posterior.rhat.max(), "ess": posterior.ess.min()}
     groups = {"T": chosen, "held": np.setdiff1d(np.arange(period // 2, min(period, len(episodes))), chosen)[:MOST],
               "late": np.arange(period, len(episodes))}

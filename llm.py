@@ -334,10 +334,10 @@ def describe_attempt(label, series, dt, task):
         held = np.logical_and.reduce([met(condition) for condition in conditions])
         run, end = longest_run(held)
         spell = (f", first at {time_of(int(held.argmax()))} s, longest run {run} "
-                 f"from {time_of(end - run + 1)} s on" if run else "")
+                 f"from {time_of(end - run + 1)} s" if run else "")
         if run and first_break < length:
             spell += f", {longest_run(held[:first_break])[0]} before a limit broke"
-        lines.append(f"  {words(conditions)}: in {int(held.sum())} of {length} steps{spell}")
+        lines.append(f"  {words(conditions)}: {int(held.sum())} of {length} steps{spell}")
     moments = np.unique(np.linspace(0, length - 1, 4).round().astype(int))
     rows = [["time", *(time_of(step) for step in moments), "| lowest", "highest"]]
     for name, values in series.items():

@@ -227,7 +227,7 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
 
     D grows by the LLM's ranking of T. Then, in this order:
     - where the last change of θ made the robot worse in the LLM's eyes, it is undone;
-    - where the rankings disagree, θ is the mean of p(θ | D), if the sampler has mixed and the mean explains D better;
+    - where the rankings disagree, θ is an estimate from p(θ | D), if the sampler has mixed and it explains D better;
     - else, where the robot has stopped getting better, the LLM is asked what blocks it.
     """
     names, now = TASKS[task].features, changes[-1]
@@ -253,8 +253,7 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
         except SamplerError as error:
             print(f"  No posterior: {error}", flush=True)
         else:
-            theta = dict(zip(now.theta, posterior.mean.tolist()))
-            gain = explained(reward, theta, D, names) - explained(reward, now.theta, D, names)
+            theta, gain = estimate(posterior, reward, now, D, names)
             print_posterior(posterior, now.theta, theta, gain)
             if posterior.mixed and gain > GAIN:
                 return Change(step, "posterior", theta, now.prior, posterior)
@@ -266,6 +265,26 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
         if all(theta != change.theta for change in changes):       # neither the same nor one that was undone
             return Change(step, "analysis", theta, {**now.prior, **params})
     return None
+
+
+def estimate(posterior, reward, now, D, names):
+    """(θ, by how much the share of D's pairs that it explains exceeds that of `now.theta`).
+
+    θ is the posterior's mean. Where thresholds split the posterior into modes, their mean may lie in none of them and
+    explain nothing; then it is a draw: of the tenth that explains D best, the one nearest to the prior's centre in log θ.
+    """
+    before = explained(reward, now.theta, D, names)
+    theta = dict(zip(now.theta, posterior.mean.tolist()))
+    gain = explained(reward, theta, D, names) - before
+    if gain <= GAIN:
+        draws = posterior.samples[:, ::max(1, posterior.samples.shape[1] // 50)].reshape(-1, len(theta))
+        draws = [dict(zip(theta, draw.tolist())) for draw in draws]
+        shares = np.array([explained(reward, draw, D, names) for draw in draws])
+        away = np.array([sum(abs(np.log(draw[name] / now.prior[name])) for name in draw) for draw in draws])
+        best = np.where(shares >= np.quantile(shares, 0.9), away, np.inf).argmin()
+        if shares[best] - before > gain:
+            theta, gain = draws[best], shares[best] - before
+    return theta, float(gain)
 
 
 def pairs_of(groups):

@@ -18,8 +18,8 @@ from llm import PROMPTS, LLMError, Reply, prompt, read_code
 from reward import Reward, RewardError
 
 EQUAL = 0.1             # progress scores this close to the best of their group are equal to it
-FACTORS = (0.1, 0.3, 3.0, 10.0)   # by which an analysis may change a parameter
-PAYS = 0.2              # share of all that there is to gain which each stage should pay at least
+FACTORS = (3.0, 10.0, 0.3, 0.1)   # by which an analysis may change a parameter, in order of preference
+PAYS = 0.3              # share of all there is to gain up to the next stage which that stage should pay at least
 
 # Typical readings at the start of an attempt and at each stage, as the features' descriptions in the prompt give them.
 STAGES = {
@@ -72,7 +72,7 @@ def attempt_of(body):
         moments, extremes = row.split("|")
         readings[name] = (float(moments.split()[0]), float(moments.split()[-1]), *map(float, extremes.split()))
     steps, run = {}, {}
-    for condition, held, rest in re.findall(r"^ +(\w+ [<>]=? .*?): in (\d+) of \d+ steps(.*)$", body, re.MULTILINE):
+    for condition, held, rest in re.findall(r"^ +(\w+ [<>]=? .*?): (\d+) of \d+ steps(.*)$", body, re.MULTILINE):
         runs = re.findall(r"longest run (\d+)|, (\d+) before a limit broke", rest)
         steps[condition], run[condition] = int(held), int("".join(runs[-1])) if runs else 0
     excess = [float(most) / float(limit) for limit, most in
@@ -82,7 +82,7 @@ def attempt_of(body):
 
 
 def score(task, attempt):
-    """How far an attempt gets: about 1 for each stage; more the longer a fulfilled task is kept up; less for limits."""
+    """How far an attempt gets: about 1 for each stage; less for limits; 2 for fulfilling the task and more for keeping it up."""
     readings, run, steps = attempt["readings"], attempt["run"], attempt["steps"]
     first, last, low, high = range(4)
     goal = list(run)[-1]                                          # the condition of success is the last one listed
@@ -96,9 +96,9 @@ def score(task, attempt):
     else:
         distance = readings["block_to_goal"]
         total += 2 * (distance[first] - distance[last]) / max(distance[first], 0.01) + min(run[goal], 3) / 3
-    if attempt["excess"]:
-        total -= 0.5 + 0.25 * min(attempt["excess"] - 1, 2)
-    return float(total + 0.5 * attempt["fulfils"] * steps[goal] / 50)
+    if attempt["excess"]:                                         # rough contact is worse than none
+        total = 0.5 * np.clip((0.15 - readings["hand_to_block"][low]) / 0.12, 0, 1) / attempt["excess"]
+    return float(total + attempt["fulfils"] * (2 + 0.5 * steps[goal] / 50))
 
 
 def rank(task, text):
@@ -125,23 +125,23 @@ def analyse(task, text):
         stages.append(stage)
     features = {name: np.array([stage[name] for stage in stages]) for name in stages[0]}
 
-    # The stage that is blocked: the first whose condition not even half of the attempts meet.
+    # The stage that is blocked: the one after the last whose condition at least half of the attempts meet.
     met = [list(attempt["steps"].values()) for attempt in attempts_of(text).values()]
-    reached = [np.mean([steps[k] > 0 for steps in met]) >= 0.5 for k in range(len(stages) - 1)] if met else [False]
-    blocked = reached.index(False) if False in reached else len(stages) - 2
+    reached = [k for k in range(len(stages) - 1) if met and np.mean([steps[k] > 0 for steps in met]) >= 0.5]
+    blocked = min(max(reached, default=-1) + 1, len(stages) - 2)
 
     def share(params):
-        """What the blocked stage pays more than the one before, as a share of all gains and losses from stage to stage."""
-        gains = np.diff(reward.total(features, params))
-        return float(gains[blocked] / np.abs(gains).sum()) if np.isfinite(gains).all() and gains.any() else 0.0
+        """What the blocked stage pays more than the one before, as a share of all gains and losses up to it."""
+        gains = np.diff(reward.total(features, params))[:blocked + 1]
+        return float(gains[-1] / np.abs(gains).sum()) if np.isfinite(gains).all() and gains.any() else 0.0
 
     now = share(reward.params)
     tried = {(name, factor): share({**reward.params, name: value * factor})
-             for name, value in reward.params.items() for factor in FACTORS}
+             for factor in FACTORS for name, value in reward.params.items()}
     name, factor = max(tried, key=tried.get)
     why, params = "no parameter is to blame: going on pays enough", {}
     if now < PAYS:
-        why = f"going on to stage {blocked + 1} pays {now:.0%} of all there is to gain, too little"
+        why = f"stage {blocked + 1} pays {now:.0%} of all there is to gain up to it, too little"
         if tried[name, factor] > now + 0.05:
             params = {name: float(f"{reward.params[name] * factor:.3g}")}
     answer = json.dumps({"blocked_by": why, "params": params})

@@ -225,7 +225,8 @@ def test_headers_that_trickle_end_too(ask):
 
 def test_thoughts_and_parts_are_understood(ask):
     assert ask(completion("<think>2 > 1?</think>\nRANKING: 1 > 2"))[0] == "RANKING: 1 > 2"
-    assert ask(completion([{"type": "text", "text": "a"}, {"type": "x", "text": None}, {"type": "text", "text": "b"}]))[0] == "ab"
+    parts = [{"type": "text", "text": "a"}, {"type": "x", "text": None}, {"type": "text", "text": "b"}]
+    assert ask(completion(parts))[0] == "ab"
 
 
 def test_missing_settings_are_named(monkeypatch):
@@ -237,9 +238,11 @@ def test_missing_settings_are_named(monkeypatch):
 
 
 @pytest.mark.parametrize("text, code", [
-    ("First I think.\n```python\ndef r(a, w=1.0):\n    return {'a': a}\n```\nDone.", "def r(a, w=1.0):\n    return {'a': a}\n"),
+    ("First I think.\n```python\ndef r(a, w=1.0):\n    return {'a': a}\n```\nDone.",
+     "def r(a, w=1.0):\n    return {'a': a}\n"),
     ("```\ndef r(a):\n    pass\n```", "def r(a):\n    pass\n"),
-    ("```python\ndef draft(a):\n    pass\n```\nBetter:\n```py\ndef r(a):\n    pass\n```\n```json\n{}\n```", "def r(a):\n    pass\n"),
+    ("```python\ndef draft(a):\n    pass\n```\nBetter:\n```py\ndef r(a):\n    pass\n```\n```json\n{}\n```",
+     "def r(a):\n    pass\n"),
     ("1. So:\n   ```python\n   def r(a):\n       pass\n   ```", "def r(a):\n    pass\n"),
     ("def r(a,\n      b):\n    c = 1\n\n    return c\nThat is it.", "def r(a,\n      b):\n    c = 1\n\n    return c\n"),
     ("```python\ndef r(a):\n    pass", "def r(a):\n    pass\n")])
@@ -253,9 +256,11 @@ def test_missing_code_is_said():
 
 
 @pytest.mark.parametrize("text", [
-    "RANKING: 3 > 1 = 2 > 4", "Attempt 4 is worst.\n\n**RANKING: 3 > 1 = 2 > 4**", "Ranking:\n3>1=2>4", "RANKING: 3 > 2 = 1 > 4.",
+    "RANKING: 3 > 1 = 2 > 4", "Attempt 4 is worst.\n\n**RANKING: 3 > 1 = 2 > 4**", "Ranking:\n3>1=2>4",
+    "RANKING: 3 > 2 = 1 > 4.",
     "RANKING: [3, [1, 2], 4]", "RANKING: [[3], [1, 2], [4]]", '```json\n{"ranking": [[3], [1, 2], [4]]}\n```',
-    '{"ranking": [3, [2, 1], 4], "why": "..."}', "So\n`3 > 1 = 2 > 4`", "RANKING: Attempt 3 > Attempt 1 = Attempt 2 > Attempt 4",
+    '{"ranking": [3, [2, 1], 4], "why": "..."}', "So\n`3 > 1 = 2 > 4`",
+    "RANKING: Attempt 3 > Attempt 1 = Attempt 2 > Attempt 4",
     "RANKING: #3 > #1 = #2 > #4", "RANKING: 1 > 2 > 3 > 4. No, wait.\nRANKING: 3 > 1 = 2 > 4", "RANKING: 3 ≻ 1 ≈ 2 ≻ 4",
     "RANKING: 3 > (1 = 2) > 4", "**Final RANKING**: 3 > 1 = 2 > 4\n\nI hope this helps with 4 attempts!"])
 def test_rankings_in_many_forms(text):
@@ -269,10 +274,14 @@ def test_plain_lists_are_strict_rankings():
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("RANKING: 3 > 1 > 2", "missing: 4"), ("RANKING: 3 > 1 > 2 > 4 > 5", "unknown: 5"), ("RANKING: 3 > 1 > 2 > 4 > 3", "more than once: 3"),
-    ("RANKING: A > B > C > D", "not the number"), ("RANKING: 3 > 1 ? 2 > 4", "not the number"), ("RANKING:", "not the number"),
-    ("they are all good", "no ranking found"), ("RANKING: 3 > 1 < 2 > 4", "not the number"), ("RANKING: 0 > 1 > 2 > 3 > 4", "unknown: 0"),
-    ("RANKING: 1e3 > 2", "not the number"), ("RANKING: " + "9" * 5000, "not the number"), ("RANKING: ]] > [[", "not the number"),
+    ("RANKING: 3 > 1 > 2", "missing: 4"), ("RANKING: 3 > 1 > 2 > 4 > 5", "unknown: 5"),
+    ("RANKING: 3 > 1 > 2 > 4 > 3", "more than once: 3"),
+    ("RANKING: A > B > C > D", "not the number"), ("RANKING: 3 > 1 ? 2 > 4", "not the number"),
+    ("RANKING:", "not the number"),
+    ("they are all good", "no ranking found"), ("RANKING: 3 > 1 < 2 > 4", "not the number"),
+    ("RANKING: 0 > 1 > 2 > 3 > 4", "unknown: 0"),
+    ("RANKING: 1e3 > 2", "not the number"), ("RANKING: " + "9" * 5000, "not the number"),
+    ("RANKING: ]] > [[", "not the number"),
     ("RANKING: [3, 1, 2", "cannot be read"), ("RANKING: [" + "[" * 100000, "cannot be read")])
 def test_broken_rankings_get_the_reason(text, reason):
     with pytest.raises(UnusableReply, match=reason):
@@ -341,8 +350,8 @@ def test_a_broken_limit_is_told_with_its_time_its_length_and_its_most():
     # After it was done: the limits hold for the whole attempt. The earlier of the two counts for runs before.
     text = described(**{**DONE, "away": [0] * 7 + [0.051, 0.05, 0.0712], "force": [*DONE["force"][:8], 3.5, 0]})
     assert text.startswith("""Attempt 7: does not fulfil the task (done but for the limits at 0.35 s)
-  limit force <= 2: broken first at 0.45 s, in 1 steps, by up to 3.5
-  limit away <= 0.05: broken first at 0.40 s, in 2 steps, by up to 0.071
+  limit force <= 2: broken first at 0.45 s, in 1 steps, highest reading 3.5
+  limit away <= 0.05: broken first at 0.40 s, in 2 steps, highest reading 0.0712
   near <= 0.05: in 5 of 10 steps, first at 0.15 s, longest run 5 from 0.15 s on, 5 before a limit broke
   force > 0 and height >= 0.1: in 4 of 10 steps, first at 0.25 s, longest run 3 from 0.25 s on, 3 before a limit broke
 """)
@@ -350,7 +359,7 @@ def test_a_broken_limit_is_told_with_its_time_its_length_and_its_most():
     text = described(**{**DONE, "away": [0] * 5 + [0.3] * 5, "height": [0] * 10})
     assert text.startswith("""Attempt 7: does not fulfil the task
   limit force <= 2: kept
-  limit away <= 0.05: broken first at 0.30 s, in 5 steps, by up to 0.3
+  limit away <= 0.05: broken first at 0.30 s, in 5 steps, highest reading 0.3
   near <= 0.05: in 5 of 10 steps, first at 0.15 s, longest run 5 from 0.15 s on, 3 before a limit broke
   force > 0 and height >= 0.1: in 0 of 10 steps
 """)
@@ -483,7 +492,8 @@ def any_attempt(task, rng):
     slide = np.cumsum(held * rng.uniform(0, 0.008))
     height = np.where(held & (t > 20), rng.uniform(0.03, 0.12), 0.0)
     series = dict(contact_force=held * rng.choice([0.1, 1.2, 5.7]), grip_force=held * rng.choice([0.0, 2.9]),
-                  block_height=height, block_displacement=slide, block_to_goal=np.abs(0.13 - slide))
+                  block_height=height, block_displacement=slide, block_to_goal=np.abs(0.13 - slide),
+                  hand_above_block=rng.uniform(-0.02, 0.03, 50))
     return imagined(task, rng.choice([0.008, 0.033, 0.08]),
                     **{name: values for name, values in series.items() if name in TASKS[task].features})
 
@@ -515,11 +525,6 @@ def progress(task, series):
     return value + 0.5 * fulfils * goal.sum() / 50, fulfils
 
 
-def nearly_broken(task, series):
-    """Whether a limit is broken by less than its description shows."""
-    return any(value < series[name].max() <= 1.02 * value for name, _, value in TASKS[task].limits)
-
-
 def read(task, series):
     """The stand-in's view of an attempt."""
     return attempt_of(describe_attempt(1, series, DT, TASKS[task]).partition(":")[2])
@@ -528,7 +533,7 @@ def read(task, series):
 @pytest.mark.parametrize("task", TASKS)
 def test_scores_read_off_descriptions_are_those_of_the_numbers(task):
     rng = np.random.default_rng(0)
-    attempts = [series for series in (any_attempt(task, rng) for _ in range(70)) if not nearly_broken(task, series)][:60]
+    attempts = [any_attempt(task, rng) for _ in range(60)]
     expected = [progress(task, series) for series in attempts]
     texts = [describe_attempt(i + 1, series, DT, TASKS[task]) for i, series in enumerate(attempts)]
     text = "The attempts:\n\n" + "\n  reward per step 1.5 = 1.5 (a)\n\n".join(texts) + "\n\nRank them."
@@ -603,7 +608,8 @@ def test_breaking_a_limit_costs_the_more_the_sooner_and_the_further():
     def touch(force=0.1, moved=0.0, at=45):
         contact = from_step(20, 0.1)
         contact[at] = force
-        return score("touch", read("touch", imagined("touch", contact_force=contact, block_displacement=from_step(at, moved))))
+        series = imagined("touch", contact_force=contact, block_displacement=from_step(at, moved))
+        return score("touch", read("touch", series))
 
     kept = touch()
     for broken in (touch(force=2.2), touch(moved=0.055)):
@@ -616,10 +622,10 @@ def test_breaking_a_limit_costs_the_more_the_sooner_and_the_further():
     assert touch(moved=0.055) > score("touch", read("touch", imagined("touch")))
 
 
-@pytest.mark.xfail(strict=True, reason="standin.score: costs nothing where the description rounds the most to the limit")
 def test_breaking_a_limit_by_little_costs_too():
     contact = from_step(20, 0.1)
-    broken = imagined("touch", contact_force=contact, block_displacement=from_step(45, 0.0503))
+    broken = imagined("touch", contact_force=contact,
+                      block_displacement=from_step(45, 0.05001))
     kept = imagined("touch", contact_force=from_step(20, 0.1, until=29))             # too short to fulfil the task
     assert not read("touch", broken)["fulfils"] and not read("touch", kept)["fulfils"]
     assert score("touch", read("touch", broken)) < score("touch", read("touch", kept))

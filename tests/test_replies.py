@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import selfalign
-from envs import TASKS
-from llm import Offline, read_analysis, read_code, read_ranking
+from envs import DT, TASKS
+from llm import describe_attempt, prompt, read_analysis, read_code, read_ranking
 from reward import Reward
+from standin import STAGES, StandIn
 
 REPLIES = Path(__file__).parent / "replies"
 PROGRESS = json.loads((REPLIES / "progress.json").read_text())
@@ -51,14 +52,6 @@ def test_rankings_agree_with_true_progress_over_all():
     assert total[0] / (total[0] + total[1]) > 0.85
 
 
-@pytest.mark.parametrize("name", PROGRESS)
-def test_the_stand_in_reads_real_prompts_and_agrees_too(name):
-    question = (REPLIES / f"rank-{name}.prompt.txt").read_text()
-    groups = read_ranking(Offline()([{"role": "user", "content": question}]).text, len(PROGRESS[name]))
-    agreeing, opposed, _ = agreement(groups, PROGRESS[name])
-    assert agreeing > 2 * opposed
-
-
 @pytest.mark.parametrize("path", sorted(REPLIES.glob("analyse-*.md")), ids=lambda path: path.stem)
 def test_analyses_are_read(path):
     question = (REPLIES / f"{path.name.split('.')[0]}.prompt.txt").read_text()
@@ -66,3 +59,43 @@ def test_analyses_are_read(path):
     params = Reward(code, TASKS[path.stem.split("-")[1]].features).params
     blocked_by, changes = read_analysis(path.read_text(), params)
     assert blocked_by and any(params[name] != value for name, value in changes.items())
+
+
+def attempts_that_reach(task, stage):
+    """Descriptions of three attempts whose second half has the typical readings of a stage, 0 being the start."""
+    readings = {name: value for change in STAGES[task][:stage + 1] for name, value in change.items()}
+    series = {name: np.repeat([STAGES[task][0][name], readings[name]], 25) for name in TASKS[task].features}
+    return "\n\n".join(describe_attempt(i + 1, series, DT, TASKS[task]) for i in range(3))
+
+
+def scripted_analysis(task, code, attempts):
+    question = prompt("analyse", task=task, goal=TASKS[task].goal, features="", reward=code, trajectories=attempts)
+    text = StandIn()([{"role": "user", "content": question}]).text
+    return read_analysis(text, Reward(code, TASKS[task].features).params)
+
+
+@pytest.mark.parametrize("path", sorted(REPLIES.glob("propose-*.md")), ids=lambda path: path.stem)
+def test_the_stand_in_analyses_rewards_that_it_did_not_write(path):
+    task, code = path.stem.split("-")[1], read_code(path.read_text())
+    reward, stages = Reward(code, TASKS[task].features), STAGES[task]
+    # The same reward with names that say nothing.
+    bare, number = code, {name: f"p{i}" for i, name in enumerate(reward.params)}
+    for name in reward.params:
+        bare = re.sub(rf"\b{name}\b", number[name], bare)
+    readings = [{name: value for change in stages[:k + 1] for name, value in change.items()} for k in range(len(stages))]
+
+    def share(params, blocked):
+        """What going on to the blocked stage pays, as a share of all that going on pays or costs."""
+        steps = np.diff([float(reward.total(features, params)) for features in readings])
+        return steps[blocked] / np.abs(steps).sum()
+
+    for blocked, attempts in [(0, "")] + [(k, attempts_that_reach(task, k)) for k in range(len(stages) - 1)]:
+        why, changes = scripted_analysis(task, code, attempts)
+        assert why and len(changes) <= 1
+        now = share({}, blocked)
+        best = max(share({name: factor * value}, blocked) for name, value in reward.params.items()
+                   for factor in (0.1, 0.3, 3.0, 10.0))
+        assert (f"stage {blocked + 1} " in why and "too little" in why) == (now < 0.2)
+        assert bool(changes) == (now < 0.2 and best > now + 0.05)
+        assert not changes or share(changes, blocked) == pytest.approx(best, abs=0.01)
+        assert scripted_analysis(task, bare, attempts) == (why, {number[name]: value for name, value in changes.items()})
