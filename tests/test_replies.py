@@ -85,9 +85,9 @@ def test_the_stand_in_analyses_rewards_that_it_did_not_write(path):
     readings = [{name: value for change in stages[:k + 1] for name, value in change.items()} for k in range(len(stages))]
 
     def share(params, blocked):
-        """What going on to the blocked stage pays, as a share of all that going on pays or costs."""
-        steps = np.diff([float(reward.total(features, params)) for features in readings])
-        return steps[blocked] / np.abs(steps).sum()
+        """What going on to the blocked stage pays, as a share of all that going on so far pays or costs."""
+        steps = np.diff([float(reward.total(features, params)) for features in readings])[:blocked + 1]
+        return steps[-1] / np.abs(steps).sum()
 
     for blocked, attempts in [(0, "")] + [(k, attempts_that_reach(task, k)) for k in range(len(stages) - 1)]:
         why, changes = scripted_analysis(task, code, attempts)
@@ -95,7 +95,7 @@ def test_the_stand_in_analyses_rewards_that_it_did_not_write(path):
         now = share({}, blocked)
         best = max(share({name: factor * value}, blocked) for name, value in reward.params.items()
                    for factor in (0.1, 0.3, 3.0, 10.0))
-        assert (f"stage {blocked + 1} " in why and "too little" in why) == (now < 0.2)
-        assert bool(changes) == (now < 0.2 and best > now + 0.05)
+        assert (f"stage {blocked + 1} " in why and "too little" in why) == (now < 0.3)
+        assert bool(changes) == (now < 0.3 and best > now + 0.05)
         assert not changes or share(changes, blocked) == pytest.approx(best, abs=0.01)
         assert scripted_analysis(task, bare, attempts) == (why, {number[name]: value for name, value in changes.items()})
