@@ -228,7 +228,8 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
     D grows by the LLM's ranking of T. Then, in this order:
     - where the last change of θ made the robot worse in the LLM's eyes, it is undone;
     - where the rankings disagree, θ is an estimate from p(θ | D), if the sampler has mixed and it explains D better;
-    - else, where the robot has stopped getting better, the LLM is asked what blocks it.
+    - else, or where nothing has succeeded for a whole period, the LLM is asked what blocks the robot, once that has
+      stopped getting better.
     """
     names, now = TASKS[task].features, changes[-1]
     groups = rank_attempts(llm, task, T)
@@ -247,6 +248,7 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
         print("  By the LLM's ranking the robot did better before the last change of θ: that change is undone.\n", flush=True)
         return changes[-2]._replace(step=step, cause="undone", posterior=None)
 
+    change = None
     if wrong.sum() > DISCORDANT * len(pairs):
         try:
             posterior = align(reward, now.prior, D, names, rng)
@@ -256,15 +258,17 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
             theta, gain = estimate(posterior, reward, now, D, names)
             print_posterior(posterior, now.theta, theta, gain)
             if posterior.mixed and gain > GAIN:
-                return Change(step, "posterior", theta, now.prior, posterior)
+                change = now = Change(step, "posterior", theta, now.prior, posterior)
 
-    if preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER:
-        blocked_by, params = analyse_failure(llm, task, reward, T, R, wrong, changes, successes)
+    stalled = preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER
+    if stalled and (change is None or not any(successes[-(UPDATE_EVERY // EVAL_EVERY):])):
+        told = changes if change is None else [*changes, change]
+        blocked_by, params = analyse_failure(llm, task, reward, T, wrong, told, successes)
         print_analysis(blocked_by, now.theta, params)
         theta = {**now.theta, **params}
-        if all(theta != change.theta for change in changes):       # neither the same nor one that was undone
-            return Change(step, "analysis", theta, {**now.prior, **params})
-    return None
+        if all(theta != earlier.theta for earlier in told):        # neither the same nor one that was undone
+            change = Change(step, "analysis", theta, {**now.prior, **params}, now.posterior if change else None)
+    return change
 
 
 def estimate(posterior, reward, now, D, names):
@@ -348,9 +352,10 @@ def rank_attempts(llm, task, trajectories):
     return [[label - 1 for label in group] for group in groups]
 
 
-def analyse_failure(llm, task, reward, trajectories, returns, wrong, changes, successes):
+def analyse_failure(llm, task, reward, trajectories, wrong, changes, successes):
     """(what blocks the skill, new values of some parameters, none if none is to blame), by the LLM."""
     theta = changes[-1].theta
+    returns = returns_of(reward, theta, *columns(trajectories, TASKS[task].features))
     order = np.argsort(-returns)[np.unique(np.linspace(0, len(returns) - 1, ANALYSED).round().astype(int))]
     notes = []
     for i in order:

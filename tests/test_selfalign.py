@@ -128,7 +128,7 @@ def touches(count, force=0.1, first=0):
 def update(monkeypatch):
     """update(groups, ...): one update of touch's θ after that ranking of `touches`; returns (change, what was called)."""
     def run(groups, mean=None, mixed=True, age=None, changes=None, analysis=("why", {"contact_weight": 9.0}), D=None,
-            step=10_000, real_align=None):
+            step=10_000, real_align=None, successes=[0.1]):
         reward, called = offline_reward("touch"), []
         changes = changes or [selfalign.Change(0, "proposal", reward.params, reward.params)]
         monkeypatch.setattr(selfalign, "rank_attempts", lambda *args: groups)
@@ -146,7 +146,7 @@ def update(monkeypatch):
         monkeypatch.setattr(selfalign, "analyse_failure", analyse)
         count = sum(map(len, groups))
         age = np.full(count, 0.5) if age is None else age
-        change = selfalign.update_theta(None, "touch", reward, touches(count), age, [] if D is None else D, changes, [0.0], step,
+        change = selfalign.update_theta(None, "touch", reward, touches(count), age, [] if D is None else D, changes, successes, step,
                                         np.random.default_rng(0))
         return change, called
     return run
@@ -166,6 +166,18 @@ def test_disagreement_takes_the_posteriors_mean(update):
     assert sorted(map(tuple, D[0][1].tolist())) == [(i, j) for i in range(6) for j in range(i)]
     change, called = update(LONGEST_FIRST, mean, D=D)                    # D keeps every round
     assert len(called[0][2]) == 2
+
+
+def test_where_nothing_succeeds_and_nothing_gets_better_both_are_asked(update):
+    mean = {**offline_reward("touch").params, "contact_threshold": 0.05}
+    change, called = update(LONGEST_FIRST, mean, successes=[0.0])
+    assert [name for name, *_ in called] == ["align", "analyse"] and change.cause == "analysis"
+    assert change.theta == {**mean, "contact_weight": 9.0} and change.posterior is not None
+    assert change.prior == {**offline_reward("touch").params, "contact_weight": 9.0}
+    change, called = update(LONGEST_FIRST, mean, successes=[0.0], analysis=("nothing", {}))
+    assert change.cause == "posterior" and change.theta == mean
+    change, called = update(LONGEST_FIRST, mean, successes=[0.0], age=np.array([0.6, 0.5, 0.4, 0.3, 0.1, 0.0]))   # gets better
+    assert [name for name, *_ in called] == ["align"] and change.cause == "posterior"
 
 
 @pytest.mark.parametrize("mixed, threshold", [(False, 0.05), (True, 2.0)])
@@ -386,8 +398,7 @@ def test_the_analysis_prompt_says_how_theta_came_about():
     changes = [selfalign.Change(0, "proposal", reward.params, reward.params),
                selfalign.Change(10_000, "posterior", {**reward.params, "reach_weight": 0.125}, reward.params)]
     taus = touches(5)
-    returns = selfalign.returns_of(reward, changes[-1].theta, *selfalign.columns(taus, TASKS["touch"].features))
-    result = selfalign.analyse_failure(LLM(backend, lambda exchange: None), "touch", reward, taus, returns,
+    result = selfalign.analyse_failure(LLM(backend, lambda exchange: None), "touch", reward, taus,
                                        np.array([1, 0, 0, 0.5]), changes, [0.0, 0.35])
     assert result == ("x", {"contact_threshold": 0.2})
     for words in ("- 0 steps, proposal: reach_weight=1,", "- 10,000 steps, posterior: reach_weight=0.125,", "2,000: 0%, 3,000: 35%",
@@ -407,7 +418,7 @@ def test_no_placeholder_is_left_in_a_prompt(task):
     llm, taus = LLM(backend, lambda exchange: None), [np.zeros((50, len(TASKS[task].features)))] * 2
     reward = selfalign.propose_reward(llm, task, selfalign.random_features(task))
     assert selfalign.rank_attempts(llm, task, taus) == [[0, 1]]
-    selfalign.analyse_failure(llm, task, reward, taus, np.zeros(2), np.zeros(1), [selfalign.Change(0, "proposal", reward.params, {})], [0.0])
+    selfalign.analyse_failure(llm, task, reward, taus, np.zeros(1), [selfalign.Change(0, "proposal", reward.params, {})], [0.0])
     assert len(asked) == 3
     for text in asked:
         assert "$" not in text and TASKS[task].goal in text
@@ -420,7 +431,7 @@ def test_an_analysis_that_makes_the_reward_infinite_goes_back():
     answers = iter(['{"params": {"scale": 1e-5}}', '{"params": {"scale": 0.5}}'])
     llm = LLM(lambda messages: Reply(next(answers)), lambda exchange: None)
     taus = touches(3)
-    _, params = selfalign.analyse_failure(llm, "touch", reward, taus, np.zeros(3), np.zeros(1),
+    _, params = selfalign.analyse_failure(llm, "touch", reward, taus, np.zeros(1),
                                           [selfalign.Change(0, "proposal", reward.params, {})], [0.0])
     assert params == {"scale": 0.5}
 
