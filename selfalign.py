@@ -263,7 +263,11 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
     stalled = preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER
     if stalled and (change is None or not any(successes[-(UPDATE_EVERY // EVAL_EVERY):])):
         told = changes if change is None else [*changes, change]
-        blocked_by, params = analyse_failure(llm, task, reward, T, wrong, told, successes)
+        try:
+            blocked_by, params = analyse_failure(llm, task, reward, T, wrong, told, successes)
+        except LLMError as error:                   # which must not cost what the sampler has found
+            print(f"  No analysis: {error}\n", flush=True)
+            return change
         print_analysis(blocked_by, now.theta, params)
         theta = {**now.theta, **params}
         if all(theta != earlier.theta for earlier in told):        # neither the same nor one that was undone

@@ -141,6 +141,8 @@ def update(monkeypatch):
 
         def analyse(*args):
             called.append(("analyse",))
+            if isinstance(analysis, Exception):
+                raise analysis
             return analysis
         monkeypatch.setattr(selfalign, "align", real_align or align)
         monkeypatch.setattr(selfalign, "analyse_failure", analyse)
@@ -241,6 +243,14 @@ def test_a_sampler_that_fails_costs_neither_the_ranking_nor_the_analysis(update,
     real = selfalign.align
     change, called = update(LONGEST_FIRST, D=D, real_align=real)
     assert change.cause == "analysis" and len(D) == 1
+
+
+def test_an_llm_that_fails_in_the_analysis_costs_neither_the_ranking_nor_the_posterior(update):
+    mean, D = {**offline_reward("touch").params, "contact_threshold": 0.05}, []
+    change, called = update(LONGEST_FIRST, mean, successes=[0.0], analysis=selfalign.LLMError("it is down"), D=D)
+    assert [name for name, *_ in called] == ["align", "analyse"] and change.cause == "posterior" and len(D) == 1
+    change, called = update(LONGEST_FIRST, changes=agreeing(), analysis=selfalign.LLMError("it is down"), D=D)
+    assert change is None and len(D) == 2
 
 
 def test_a_nearly_learnt_skill_is_left_alone():
