@@ -51,12 +51,18 @@ def real_row(task, proposal):
     return f"| {task} {proposal} | {' '.join(both[0])} | {' '.join(a + b for a, b in zip(marks, both[1]))} |"
 
 
+def asked_row(task):
+    steps = [steps_to_success("asked", task, "selfalign", seed) for seed in sorted(
+        seed for proposal, name, _, seed in RUNS if (proposal, name) == ("asked", task))]
+    return f"| {task} | {' | '.join(map(cell, steps))} |"
+
+
 REAL = sorted({(task, proposal) for proposal, task, *_ in RUNS if proposal.isdigit()})
 
 
 @pytest.mark.parametrize("task", ["touch", "grasp", "push"])
-def test_steps_with_the_stand_in(task):
-    assert stand_in_row(task) in README
+def test_steps_with_the_stand_in_and_with_a_language_model(task):
+    assert stand_in_row(task) in README and asked_row(task) in README
 
 
 @pytest.mark.parametrize("task, proposal", REAL)
@@ -65,4 +71,5 @@ def test_steps_with_proposals_of_a_language_model(task, proposal):
 
 
 if __name__ == "__main__":           # the tables' rows, to be put into the README
-    print(*map(stand_in_row, ["touch", "grasp", "push"]), "", *(real_row(*key) for key in REAL), sep="\n")
+    tasks = ["touch", "grasp", "push"]
+    print(*map(stand_in_row, tasks), "", *map(asked_row, tasks), "", *(real_row(*key) for key in REAL), sep="\n")
