@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BETA = 0.9                  # Boltzmann rationality, the paper's value
-PRIOR_STD = np.log(10.0)    # of log θ: one standard deviation is a factor of ten
+PRIOR_STD = np.log(4.0)     # of log θ: one standard deviation is a factor of four
 POWERS = (1.0, 0.4, 0.1)    # of the likelihood, one per rung of the ladder of parallel tempering
 CHAINS = 8                  # ladders, and so draws of the posterior in each step
 STEPS = (1000, 2000, 4000, 8000)   # of burn-in, and as many kept: the next where the last has not mixed

@@ -38,6 +38,7 @@ ANALYSED = 12              # of them in a failure analysis
 DISCORDANT = 0.1           # share of the LLM's pairs that R_θ may order wrongly: rankings are that noisy
 GAIN = 0.03                # by which the share of D's own pairs that R_θ orders rightly must rise for a new θ to be taken
 WORSE = 0.7                # a change is undone if the LLM prefers the attempts from before it this often, ties counted half
+FAILS = 0.1                # a period of at most this mean success calls for an analysis beside the posterior
 BETTER = 0.6               # no analysis while it prefers the newest attempts to earlier ones more often than this
 EXPLORE_STEPS = 1_000      # uniform random actions first
 DISCOUNT = 0.97
@@ -228,8 +229,8 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
     D grows by the LLM's ranking of T. Then, in this order:
     - where the last change of θ made the robot worse in the LLM's eyes, it is undone;
     - where the rankings disagree, θ is an estimate from p(θ | D), if the sampler has mixed and it explains D better;
-    - else, or where nothing has succeeded for a whole period, the LLM is asked what blocks the robot, once that has
-      stopped getting better.
+    - else, or where hardly anything has succeeded for a whole period, the LLM is asked what blocks the robot, once that
+      has stopped getting better.
     """
     names, now = TASKS[task].features, changes[-1]
     groups = rank_attempts(llm, task, T)
@@ -261,7 +262,7 @@ def update_theta(llm, task, reward, T, age, D, changes, successes, step, rng):
                 change = now = Change(step, "posterior", theta, now.prior, posterior)
 
     stalled = preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER
-    if stalled and (change is None or not any(successes[-(UPDATE_EVERY // EVAL_EVERY):])):
+    if stalled and (change is None or np.mean(successes[-(UPDATE_EVERY // EVAL_EVERY):]) <= FAILS):
         told = changes if change is None else [*changes, change]
         try:
             blocked_by, params = analyse_failure(llm, task, reward, T, wrong, told, successes)
@@ -279,20 +280,21 @@ def estimate(posterior, reward, now, D, names):
     """(θ, by how much the share of D's pairs that it explains exceeds that of `now.theta`).
 
     θ is the posterior's mean. Where thresholds split the posterior into modes, their mean may lie in none of them and
-    explain nothing; then it is a draw: of the tenth that explains D best, the one nearest to the prior's centre in log θ.
+    explain nothing; then it is the mean of that tenth of the draws which explains D best.
     """
-    before = explained(reward, now.theta, D, names)
+    def gain(theta):
+        return explained(reward, theta, D, names) - explained(reward, now.theta, D, names)
+
     theta = dict(zip(now.theta, posterior.mean.tolist()))
-    gain = explained(reward, theta, D, names) - before
-    if gain <= GAIN:
+    if gain(theta) <= GAIN:
         draws = posterior.samples[:, ::max(1, posterior.samples.shape[1] // 50)].reshape(-1, len(theta))
-        draws = [dict(zip(theta, draw.tolist())) for draw in draws]
-        shares = np.array([explained(reward, draw, D, names) for draw in draws])
-        away = np.array([sum(abs(np.log(draw[name] / now.prior[name])) for name in draw) for draw in draws])
-        best = np.where(shares >= np.quantile(shares, 0.9), away, np.inf).argmin()
-        if shares[best] - before > gain:
-            theta, gain = draws[best], shares[best] - before
-    return theta, float(gain)
+        shares = np.array([explained(reward, dict(zip(theta, draw.tolist())), D, names) for draw in draws])
+        best = draws[shares >= np.quantile(shares, 0.9)]
+        positive = np.array(list(now.prior.values())) > 0             # these are sampled as log θ, see mh.py
+        mean = np.where(positive, np.exp(np.log(np.where(positive, best, 1.0)).mean(axis=0)), best.mean(axis=0))
+        centre = dict(zip(theta, mean.tolist()))
+        theta = max(theta, centre, key=gain)
+    return theta, float(gain(theta))
 
 
 def pairs_of(groups):

@@ -2,11 +2,11 @@
 
     llm = LLM(StandIn(), record=print)
 
-It answers from the prompt's text alone, for the three tasks that it knows. Proposals are written out beforehand in
-prompts/offline/, with the first numbers that the paper reports (contact threshold 1 N, push weight 2.0). Preferences
-follow B-Pref's scripted teachers (Lee et al., 2021): a progress score for each attempt, read off its description, and
-equal preference where a score is within EQUAL of the best of its group. Failure analyses try out the reward in the prompt, whoever wrote
-it, on typical readings of each stage.
+It answers from the prompt's text alone. Rankings follow B-Pref's scripted teachers (Lee et al., 2021) and work for any
+task: a progress score for each attempt, read off its description, and equal preference where a score is within EQUAL of
+the best of its group. For touch, grasp and push, proposals are written out beforehand in prompts/offline/, with the first
+numbers that the paper reports (contact threshold 1 N, push weight 2.0), and failure analyses try out the reward in the
+prompt, whoever wrote it, on typical readings of each stage; for other tasks they change nothing.
 """
 
 import json
@@ -18,7 +18,7 @@ from llm import PROMPTS, LLMError, Reply, prompt, read_code
 from reward import Reward, RewardError
 
 EQUAL = 0.1             # progress scores this close to the best of their group are equal to it
-FACTORS = (3.0, 10.0, 0.3, 0.1)   # by which an analysis may change a parameter, in order of preference
+FACTORS = (3.0, 0.3, 10.0, 0.1)   # by which an analysis may change a parameter, mildest first
 PAYS = 0.3              # share of all there is to gain up to the next stage which that stage should pay at least
 
 # Typical readings at the start of an attempt and at each stage, as the features' descriptions in the prompt give them.
@@ -45,15 +45,16 @@ class StandIn:
     def __call__(self, messages):
         text = messages[0]["content"]
         task = re.search(r"^Task: (\w+)", text, flags=re.MULTILINE)
-        if len(messages) > 1 or not task or task[1] not in STAGES:
-            raise LLMError("the offline stand-in knows the prompts of touch, grasp and push only; set OPENAI_API_KEY "
-                           "or OPENAI_BASE_URL to ask a real LLM")
+        if len(messages) > 1 or not task:
+            raise LLMError("the offline stand-in knows the questions in prompts/ only, and no other answers to them; set "
+                           "OPENAI_API_KEY or OPENAI_BASE_URL to ask a real LLM")
         if '"blocked_by"' in text:
             return Reply(analyse(task[1], text))
         if "RANKING:" in text:
-            return Reply(rank(task[1], text))
+            return Reply(rank(text))
         if not (PROMPTS / "offline" / f"{task[1]}.txt").exists():
-            raise LLMError(f"there is no proposal for {task[1]} in {PROMPTS / 'offline'}")
+            raise LLMError(f"the offline stand-in has no proposal for {task[1]}: start from one of your own with --proposal FILE, "
+                           "or set OPENAI_API_KEY or OPENAI_BASE_URL to ask a real LLM")
         return Reply(prompt(f"offline/{task[1]}"))
 
 
@@ -81,29 +82,43 @@ def attempt_of(body):
             "excess": max(excess, default=None)}
 
 
-def score(task, attempt):
-    """How far an attempt gets: about 1 for each stage; less for limits; 2 for fulfilling the task and more for keeping it up."""
-    readings, run, steps = attempt["readings"], attempt["run"], attempt["steps"]
-    first, last, low, high = range(4)
-    goal = list(run)[-1]                                          # the condition of success is the last one listed
-    total = np.clip((0.15 - readings["hand_to_block"][low]) / 0.12, 0, 1)
-    if task == "touch":
-        total += 2 * min(run[goal], 10) / 10
-    elif task == "grasp":
-        around = readings["hand_to_block"][low] < 0.03            # fingers on top of the block press it, too
-        held = around * min(run["grip_force > 0"], 5) / 5
-        total += held + held * min(readings["block_height"][high], 0.08) / 0.08 + min(run[goal], 5) / 5
-    else:
-        distance = readings["block_to_goal"]
-        total += 2 * (distance[first] - distance[last]) / max(distance[first], 0.01) + min(run[goal], 3) / 3
+def score(attempt, steps):
+    """How far an attempt gets: 1 for each stage and 2 for the last, success, kept up for `steps` steps running.
+
+    A stage that is not reached counts by the share of the way that its readings go, and later ones do not count. An
+    attempt that breaks a limit stays below every one that keeps them and comes near; 2 more for fulfilling the task, and
+    up to 0.5 for keeping it up.
+    """
+    def way(condition):
+        name, sign, value = condition.split(" ")
+        first, _, low, high = attempt["readings"][name]
+        best, value = low if sign == "<=" else high, float(value)
+        if {"<=": best <= value, ">": best > value, ">=": best >= value}[sign]:
+            return 1.0
+        return (best - first) / (value - first) if value != first else 0.0
+
+    stages = {stage: stage.split(" and ") for stage in attempt["run"]}
+    *_, goal = stages
+    total = min(attempt["run"][goal], steps) / steps
+    for stage, conditions in stages.items():
+        reached = attempt["run"][stage] > 0 or attempt["fulfils"]
+        total += 1.0 if reached else np.mean([way(condition) for condition in conditions])
+        if not reached:
+            break
     if attempt["excess"]:                                         # rough contact is worse than none
-        total = 0.5 * np.clip((0.15 - readings["hand_to_block"][low]) / 0.12, 0, 1) / attempt["excess"]
-    return float(total + attempt["fulfils"] * (2 + 0.5 * steps[goal] / 50))
+        total = 0.5 * way(stages[next(iter(stages))][0]) / attempt["excess"]
+    return float(total + attempt["fulfils"] * (2 + 0.5 * attempt["steps"][goal] / 50))
 
 
-def rank(task, text):
+def scores_of(text):
+    """The score of each attempt that is described in a prompt, by number. Success takes as many steps as the task says."""
+    steps = re.search(r"(\d+) consecutive", text)
+    return {number: score(attempt, int(steps[1]) if steps else 1) for number, attempt in attempts_of(text).items()}
+
+
+def rank(text):
     """The answer to prompts/rank.txt: attempts by score, those closer than EQUAL to the best of their group equal."""
-    scores = {number: score(task, attempt) for number, attempt in attempts_of(text).items()}
+    scores = scores_of(text)
     ranking, best = "", None
     for number in sorted(scores, key=scores.get, reverse=True):
         equal = best is not None and best - scores[number] < EQUAL
@@ -114,7 +129,9 @@ def rank(task, text):
 
 
 def analyse(task, text):
-    """The answer to prompts/analyse.txt: the one change of a parameter after which the blocked stage pays best."""
+    """The answer to prompts/analyse.txt: the mildest change of one parameter after which the blocked stage pays enough."""
+    if task not in STAGES:
+        return scripted_analysis("the stand-in has no typical readings for this task", {})
     try:
         reward = Reward(read_code(text), list(STAGES[task][0]))
     except (RewardError, ValueError) as error:
@@ -130,19 +147,28 @@ def analyse(task, text):
     reached = [k for k in range(len(stages) - 1) if met and np.mean([steps[k] > 0 for steps in met]) >= 0.5]
     blocked = min(max(reached, default=-1) + 1, len(stages) - 2)
 
-    def share(params):
-        """What the blocked stage pays more than the one before, as a share of all gains and losses up to it."""
-        gains = np.diff(reward.total(features, params))[:blocked + 1]
-        return float(gains[-1] / np.abs(gains).sum()) if np.isfinite(gains).all() and gains.any() else 0.0
+    def gains(params):
+        """What each stage pays more than the one before, up to the blocked one."""
+        return np.diff(reward.total(features, params))[:blocked + 1]
 
-    now = share(reward.params)
-    tried = {(name, factor): share({**reward.params, name: value * factor})
-             for factor in FACTORS for name, value in reward.params.items()}
-    name, factor = max(tried, key=tried.get)
-    why, params = "no parameter is to blame: going on pays enough", {}
+    def share(params):
+        """What the blocked stage pays, as a share of all gains and losses up to it."""
+        all_ = np.abs(gains(params)).sum()
+        return float(gains(params)[-1] / all_) if np.isfinite(all_) and all_ > 0 else 0.0
+
+    # The mildest change that lets the blocked stage itself pay more, and enough; else the one after which it pays most.
+    now, why, params = share({}), "no parameter is to blame: going on pays enough", {}
     if now < PAYS:
         why = f"stage {blocked + 1} pays {now:.0%} of all there is to gain up to it, too little"
-        if tried[name, factor] > now + 0.05:
-            params = {name: float(f"{reward.params[name] * factor:.3g}")}
+        tried = [{name: float(f"{value * factor:.3g}")} for factor in FACTORS for name, value in reward.params.items()]
+        pays_more = [change for change in tried if gains(change)[-1] > gains({})[-1]]
+        enough = next((change for change in pays_more if share(change) >= PAYS), None)
+        best = enough or max(pays_more, key=share, default={})
+        if share(best) > now + 0.05:
+            params = best
+    return scripted_analysis(why, params)
+
+
+def scripted_analysis(why, params):
     answer = json.dumps({"blocked_by": why, "params": params})
     return f"Scripted failure analysis of the offline stand-in, not an LLM's.\n\n```json\n{answer}\n```"

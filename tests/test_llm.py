@@ -17,7 +17,7 @@ from envs import DT, EPISODE_STEPS, FEATURES, TASKS, PandaEnv
 from llm import (LLM, Chat, LLMError, Manual, Replay, UnusableReply, describe_attempt, longest_run, prompt, read_analysis,
                  read_code, read_ranking)
 from reward import Reward
-from standin import EQUAL, StandIn, attempt_of, attempts_of, score
+from standin import EQUAL, StandIn, attempt_of, attempts_of, score, scores_of
 
 KEY = "sk-marked-fake-key-000"
 
@@ -467,6 +467,7 @@ def test_the_stand_in_says_what_it_is_and_what_it_cannot():
     assert "not an LLM's" in reply.text and "push_weight=2.0" in reply.text
     with pytest.raises(LLMError, match="OPENAI_API_KEY"):
         StandIn()([{"role": "user", "content": "Task: juggle"}])
+    assert read_analysis(StandIn()([{"role": "user", "content": 'Task: juggle "blocked_by"'}]).text, {})[1] == {}
     with pytest.raises(LLMError, match="OPENAI_API_KEY"):                # it would only repeat itself
         StandIn()([{"role": "user", "content": "Task: push"}, {"role": "assistant", "content": ""}])
 
@@ -502,32 +503,40 @@ def progress(task, series):
     def longest(met):
         return max((len(list(group)) for true, group in itertools.groupby(met) if true), default=0)
 
+    def way(name, goal):
+        first = series[name][0]
+        best = series[name].min() if goal < first else series[name].max()
+        return min(max((best - first) / (goal - first), 0), 1) if goal != first else 0
+
     excess, before = 1.0, 50
     if task == "touch":
         excess = max(series["contact_force"].max() / 2, series["block_displacement"].max() / 0.05, 1)
         broken = (series["contact_force"] > 2) | (series["block_displacement"] > 0.05)
         before = int(broken.argmax()) if broken.any() else 50
+    near, touched = way("hand_to_block", 0.02 if task == "grasp" else 0.05), series["contact_force"][:before] > 0.01
+    value = {"touch": lambda: [near, 1 if touched.any() else way("contact_force", 0.01)],
+             "grasp": lambda: [near, (series["grip_force"] > 0).any(),
+                               1 if ((series["grip_force"] > 0) & (series["block_height"] >= 0.08)).any() else
+                               ((series["grip_force"] > 0).any() + way("block_height", 0.08)) / 2],
+             "push": lambda: [1 if touched.any() else way("contact_force", 0.01), way("block_to_goal", 0.03)]}[task]()
     goal = {"touch": lambda: series["contact_force"] > 0.01, "push": lambda: series["block_to_goal"] <= 0.03,
             "grasp": lambda: (series["grip_force"] > 0) & (series["block_height"] >= 0.08)}[task]()
     steps = {"touch": 10, "grasp": 5, "push": 3}[task]
     fulfils = before == 50 and longest(goal) >= steps
-    value = near = np.clip((0.15 - series["hand_to_block"].min()) / 0.12, 0, 1)
-    kept_up = min(longest(goal[:before]) / steps, 1)
-    if task == "touch":
-        value += 2 * kept_up
-    elif task == "grasp":
-        held = min(longest(series["grip_force"] > 0) / 5, 1) * (series["hand_to_block"].min() < 0.03)
-        value += held + held * min(series["block_height"].max() / 0.08, 1) + kept_up
-    else:
-        value += 2 * (1 - series["block_to_goal"][-1] / series["block_to_goal"][0]) + kept_up
+    reached = len(value) if fulfils else next((k + 1 for k, share in enumerate(value) if share < 1), len(value))
+    total = (len(value) if fulfils else sum(value[:reached])) + min(longest(goal[:before]) / steps, 1)
     if excess > 1:
-        value = 0.5 * near / excess
-    return value + fulfils * (2 + 0.5 * goal.sum() / 50), fulfils
+        total = 0.5 * way("hand_to_block", 0.05) / excess
+    return total + fulfils * (2 + 0.5 * goal.sum() / 50), fulfils
 
 
 def read(task, series):
     """The stand-in's view of an attempt."""
     return attempt_of(describe_attempt(1, series, DT, TASKS[task]).partition(":")[2])
+
+
+def scored(task, series):
+    return score(read(task, series), TASKS[task].steps)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -541,8 +550,8 @@ def test_scores_read_off_descriptions_are_those_of_the_numbers(task):
     assert list(found) == list(range(1, 61))
     assert [attempt["fulfils"] for attempt in found.values()] == [fulfils for _, fulfils in expected]
     assert 3 < sum(fulfils for _, fulfils in expected) < 57
-    # Descriptions are rounded: a millimetre is 0.02 of the way to the goal.
-    scores = [score(task, attempt) for attempt in found.values()]
+    # Descriptions are rounded: half a millimetre is 0.01 of the way.
+    scores = list(scores_of(f"{TASKS[task].goal}\n\n{text}").values())
     np.testing.assert_allclose(scores, [value for value, _ in expected], atol=0.03)
     assert np.ptp([value for value, _ in expected]) > 1
     for series, attempt in zip(attempts, found.values()):
@@ -556,7 +565,7 @@ def test_scores_read_off_descriptions_are_those_of_the_numbers(task):
 def test_the_stand_in_ranks_by_score_and_calls_close_ones_equal(task):
     rng = np.random.default_rng(1)
     attempts = [any_attempt(task, rng) for _ in range(24)]
-    scores = [score(task, read(task, series)) for series in attempts]
+    scores = [scored(task, series) for series in attempts]
     text = "\n\n".join(describe_attempt(i + 1, series, DT, TASKS[task]) for i, series in enumerate(attempts))
     question = prompt("rank", count=24, task=task, goal=TASKS[task].goal, features="", trajectories=text)
     groups = [[scores[i - 1] for i in group]
@@ -585,21 +594,21 @@ MOST = {
 @pytest.mark.parametrize("task", TASKS)
 def test_the_least_success_beats_the_best_failure(task):
     assert read(task, LEAST[task])["fulfils"] and not any(read(task, series)["fulfils"] for series in MOST[task])
-    assert score(task, read(task, LEAST[task])) > max(score(task, read(task, series)) for series in MOST[task]) + EQUAL
+    assert scored(task, LEAST[task]) > max(scored(task, series) for series in MOST[task]) + EQUAL
 
 
 def test_a_success_that_is_kept_up_longer_is_better():
     for task, name, values in (("touch", "contact_force", (0.1, 0.0)), ("push", "block_to_goal", (0.02, 0.13))):
         def kept_up(until):
-            return score(task, read(task, imagined(task, **{name: np.where(from_step(10, 1, until) > 0, *values)})))
+            return scored(task, imagined(task, **{name: np.where(from_step(10, 1, until) > 0, *values)}))
         assert kept_up(45) > kept_up(25) + EQUAL
 
 
 def test_a_fist_on_the_block_is_no_grip():
     pressing = from_step(20, 3)
-    fist = score("grasp", read("grasp", imagined("grasp", 0.035, grip_force=pressing, contact_force=2 * pressing)))
-    idle = score("grasp", read("grasp", imagined("grasp", 0.035)))
-    grip = score("grasp", read("grasp", imagined("grasp", 0.029, grip_force=pressing, contact_force=2 * pressing)))
+    fist = scored("grasp", imagined("grasp", 0.035, grip_force=pressing, contact_force=2 * pressing))
+    idle = scored("grasp", imagined("grasp", 0.035))
+    grip = scored("grasp", imagined("grasp", 0.019, grip_force=pressing, contact_force=2 * pressing))
     assert fist == idle and grip > fist + 0.9
 
 
@@ -608,7 +617,7 @@ def test_breaking_a_limit_costs_the_more_the_further():
         contact = from_step(20, 0.1)
         contact[at] = force
         series = imagined("touch", contact_force=contact, block_displacement=from_step(at, moved))
-        return score("touch", read("touch", series))
+        return scored("touch", series)
 
     kept = touch()
     for broken in (touch(force=2.2), touch(moved=0.055)):
@@ -617,7 +626,7 @@ def test_breaking_a_limit_costs_the_more_the_further():
     assert touch(moved=0.055) > touch(moved=0.08) > touch(moved=0.14)
     assert touch(force=1.9) == pytest.approx(kept)
     # Rough contact is worse than none, and better than not even coming near.
-    hover, away = (score("touch", read("touch", imagined("touch", near))) for near in (0.05, 0.149))
+    hover, away = (scored("touch", imagined("touch", near)) for near in (0.05, 0.149))
     assert hover > touch(moved=0.055) > away
 
 
@@ -627,7 +636,7 @@ def test_breaking_a_limit_by_little_costs_too():
                       block_displacement=from_step(45, 0.05001))
     kept = imagined("touch", contact_force=from_step(20, 0.1, until=29))             # too short to fulfil the task
     assert not read("touch", broken)["fulfils"] and not read("touch", kept)["fulfils"]
-    assert score("touch", read("touch", broken)) < score("touch", read("touch", kept))
+    assert scored("touch", broken) < scored("touch", kept)
 
 
 def analysed(task, code, *attempts):

@@ -84,23 +84,23 @@ def test_what_the_likelihood_ignores_keeps_its_centre():
         # The other two keep theirs exactly, though the means of their draws miss it by chance.
         assert posterior.mean[[0, 2]] == pytest.approx([5.0, -3.0], rel=1e-12)
         for mean, middle, spread, ess in (
-                (np.log(posterior.samples[..., 0]).mean(), math.log(5.0), math.log(10), posterior.ess[0]),
-                (posterior.samples[..., 2].mean(), -3.0, 3 * math.log(10), posterior.ess[2])):
+                (np.log(posterior.samples[..., 0]).mean(), math.log(5.0), math.log(4), posterior.ess[0]),
+                (posterior.samples[..., 2].mean(), -3.0, 3 * math.log(4), posterior.ess[2])):
             assert 1e-6 < abs(mean - middle) < 4 * spread / math.sqrt(ess)
-        # Their spread is the prior's: ln 10 in log θ, three times that where θ is real with a centre of -3.
-        assert np.log(posterior.samples[..., 0]).std() == pytest.approx(math.log(10), rel=0.07)
-        assert posterior.samples[..., 2].std() == pytest.approx(3 * math.log(10), rel=0.07)
-        expected = math.log(10) / (1 + (0.2 / math.log(10)) ** 2)
+        # Their spread is the prior's: ln 4 in log θ, three times that where θ is real with a centre of -3.
+        assert np.log(posterior.samples[..., 0]).std() == pytest.approx(math.log(4), rel=0.07)
+        assert posterior.samples[..., 2].std() == pytest.approx(3 * math.log(4), rel=0.07)
+        expected = math.log(10) / (1 + (0.2 / math.log(4)) ** 2)
         assert math.log(posterior.mean[1] / 2.0) == pytest.approx(expected, abs=0.8 / math.sqrt(posterior.ess[1]))
 
 
 def test_a_mean_that_is_shown_to_differ_from_the_centre_is_taken_however_little_it_differs():
     # A sixth of the prior's spread off the centre: more than ten standard errors.
     def log_likelihood(theta):
-        return -0.5 * ((np.log(theta[:, 0]) / math.log(10) - 1 / 3)) ** 2
+        return -0.5 * ((np.log(theta[:, 0]) / math.log(4) - 1 / 3)) ** 2
 
     posterior = sample_posterior(log_likelihood, [1.0], steps=(4000,), rng=np.random.default_rng(0))
-    assert math.log10(posterior.mean[0]) == pytest.approx(1 / 6, abs=3 * math.sqrt(0.5 / posterior.ess[0]))
+    assert math.log(posterior.mean[0], 4) == pytest.approx(1 / 6, abs=3 * math.sqrt(0.5 / posterior.ess[0]))
 
 
 def test_every_rung_has_its_own_target():
@@ -132,7 +132,7 @@ def test_posterior_of_a_threshold():
         return -preference_loss((force > theta).reshape(-1, 2, 50).sum(axis=-1), [(0, 1)])
 
     posterior = sample_posterior(log_likelihood, [1.0], rng=np.random.default_rng(0))
-    below = normal_cdf(math.log(0.2) / math.log(10))
+    below = normal_cdf(math.log(0.2) / math.log(4))
     explained, ignored = below / (1 + math.exp(-0.9 * 50)), (1 - below) / 2
     assert (posterior.samples < 0.2).mean() == pytest.approx(explained / (explained + ignored), abs=0.03)
 
@@ -146,11 +146,11 @@ def test_posterior_of_a_weight_against_integration():
 
     posterior = sample_posterior(log_likelihood, [2.0], rng=np.random.default_rng(3))
     z = np.linspace(-8, 8, 4001)
-    theta = 2.0 * np.exp(z * math.log(10))
+    theta = 2.0 * np.exp(z * math.log(4))
     density = np.exp(log_likelihood(theta[:, None]) - 0.5 * z ** 2)
     mean = (density * z).sum() / density.sum()
     std = math.sqrt((density * (z - mean) ** 2).sum() / density.sum())
-    drawn = np.log(posterior.samples / 2.0) / math.log(10)
+    drawn = np.log(posterior.samples / 2.0) / math.log(4)
     assert drawn.mean() == pytest.approx(mean, abs=0.1)
     assert drawn.std() == pytest.approx(std, rel=0.1)
 
@@ -300,7 +300,7 @@ def test_effective_sample_size_of_an_autoregression():
 
 def two_far_modes(theta):
     """A mixture of two narrow modes 4 prior standard deviations apart, with masses 1 and 3."""
-    z = np.log(theta[:, 0]) / math.log(10)
+    z = np.log(theta[:, 0]) / math.log(4)
     return np.logaddexp(-0.5 * ((z + 2) / 0.05) ** 2, math.log(3) - 0.5 * ((z - 2) / 0.05) ** 2)
 
 
@@ -332,7 +332,7 @@ def test_longer_runs_follow_until_the_draws_have_mixed():
 
 
 def test_a_longer_run_goes_on_where_the_last_one_ended():
-    # The chains start as draws from the prior, around 0 in log θ; the posterior lies around 8.4.
+    # The chains start as draws from the prior, around 0 in log θ; the posterior lies around 6.6.
     tried = []
 
     def log_likelihood(theta):
@@ -341,4 +341,4 @@ def test_a_longer_run_goes_on_where_the_last_one_ended():
 
     sample_posterior(log_likelihood, [1.0], steps=(24, 4), rng=np.random.default_rng(0))
     first, second = tried[0], tried[len(POWERS) * (1 + 2 * 24)]           # the cold rung's starts
-    assert first.max() < 6 < second.min()
+    assert first.max() < 4 < second.min()

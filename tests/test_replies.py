@@ -84,18 +84,28 @@ def test_the_stand_in_analyses_rewards_that_it_did_not_write(path):
         bare = re.sub(rf"\b{name}\b", number[name], bare)
     readings = [{name: value for change in stages[:k + 1] for name, value in change.items()} for k in range(len(stages))]
 
+    def gains(params, blocked):
+        """What going on to each stage pays or costs, up to the blocked one."""
+        return np.diff([float(reward.total(features, params)) for features in readings])[:blocked + 1]
+
     def share(params, blocked):
-        """What going on to the blocked stage pays, as a share of all that going on so far pays or costs."""
-        steps = np.diff([float(reward.total(features, params)) for features in readings])[:blocked + 1]
-        return steps[-1] / np.abs(steps).sum()
+        return gains(params, blocked)[-1] / np.abs(gains(params, blocked)).sum()
 
     for blocked, attempts in [(0, "")] + [(k, attempts_that_reach(task, k)) for k in range(len(stages) - 1)]:
         why, changes = scripted_analysis(task, code, attempts)
         assert why and len(changes) <= 1
         now = share({}, blocked)
-        best = max(share({name: factor * value}, blocked) for name, value in reward.params.items()
-                   for factor in (0.1, 0.3, 3.0, 10.0))
+        tried = {(name, factor): {name: factor * value} for factor in (3.0, 0.3, 10.0, 0.1)
+                 for name, value in reward.params.items()}
+        help_ = {key: share(change, blocked) for key, change in tried.items()
+                 if gains(change, blocked)[-1] > gains({}, blocked)[-1]}
+        enough = [factor for (_, factor), after in help_.items() if after >= 0.3]
         assert (f"stage {blocked + 1} " in why and "too little" in why) == (now < 0.3)
-        assert bool(changes) == (now < 0.3 and best > now + 0.05)
-        assert not changes or share(changes, blocked) == pytest.approx(best, abs=0.01)
+        assert bool(changes) == (now < 0.3 and max(help_.values(), default=0) > now + 0.05)
+        for name, value in changes.items():
+            assert gains(changes, blocked)[-1] > gains({}, blocked)[-1]
+            if enough:
+                assert share(changes, blocked) >= 0.3 - 1e-3 and value == pytest.approx(reward.params[name] * enough[0], rel=0.01)
+            else:
+                assert share(changes, blocked) == pytest.approx(max(help_.values()), abs=0.01)
         assert scripted_analysis(task, bare, attempts) == (why, {number[name]: value for name, value in changes.items()})
