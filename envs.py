@@ -9,22 +9,26 @@ physics client, so any number of environments can live in one process.
     info["features"]["contact_force"]       # newtons; what a reward function may read
     info["success"]                         # the task's own test
 
+A skill is one `Task`: an entry in TASKS, at the end of the descriptions below, is all that another one takes.
+
 The arm is compliant, as a real one is in impedance mode: the joint motors pull the hand towards a target
 that leads it by MAX_LEAD at most, and their torques are capped at MAX_TORQUE. Gravity acts on the block
 only, as if the arm's controller compensated its own weight.
 """
 
-import functools
 import math
 import operator
 import os
 import tempfile
 import time
 from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pybullet
 import pybullet_data
+from pybullet_utils.bullet_client import BulletClient
 
 SUBSTEPS = 12                  # 240 Hz physics, 20 Hz control
 DT = SUBSTEPS / 240.0          # control step, s
@@ -41,10 +45,45 @@ BLOCK_FRICTION = 0.5           # the table's and the fingers' are 1.0; Bullet mu
 WORKSPACE = np.array([[0.30, -0.25, 0.025], [0.75, 0.25, 0.35]])   # of the commanded target, m
 POINT_DOWN = (1.0, 0.0, 0.0, 0.0)                                 # hand orientation, quaternion xyzw
 HOME = (0.0, 0.3, 0.0, -2.2, 0.0, 2.5, 0.785)                     # joint angles that IK starts from, rad
-ARM, FINGERS, HAND = tuple(range(7)), (9, 10), 11                 # joint and link indices in panda.urdf
+ARM = tuple(range(7))                                             # joint and link indices in panda.urdf
+LEFT_FINGER, RIGHT_FINGER, HAND = 9, 10, 11                       # HAND is the point between the fingertips
+FINGERS = LEFT_FINGER, RIGHT_FINGER
+CONTACT_LINK, CONTACT_FORCE = 3, 9                                # fields of a contact point: robot's link, normal force
 
 Feature = namedtuple("Feature", "unit low high text")
-FEATURES = {      # low and high: between them lie all but a few in a thousand readings
+Space = namedtuple("Space", "low high shape dtype")               # as gymnasium.spaces.Box(*space) takes it
+COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that makes a skill, in one place: what the LLM is told, what is measured, what success is, how episodes start.
+
+    A condition is (feature, comparison, value), the comparison one of ">", ">=" and "<=". A task is done once all
+    conditions of `success` have held for `steps` consecutive control steps. It has succeeded if it is done and no condition
+    of `limits` held at any step of the episode, before or after. This one meaning serves the success test, the prompts and
+    the descriptions of trajectories.
+
+    start and opens concern PandaEnv alone. Everything else is what `selfalign.train` asks about any environment.
+    """
+
+    name: str
+    goal: str                                # success in words
+    features: dict[str, Feature]             # what rewards may read, in the order of `info["features"]`
+    success: tuple                           # conditions
+    steps: int = 1
+    stages: tuple = ()                       # conditions on the way to success, for the descriptions
+    limits: tuple = ()
+    robot: str = "a robot"                   # what is there, for the prompts
+    details: str = "."                       # the end of that sentence, and what else a reward's author should know
+    dt: float = DT                           # s a step
+    horizon: int = EPISODE_STEPS             # steps an episode
+    discount: float = 0.97                   # of the return that the agent maximises
+    start: Callable | None = None            # maps a generator's `uniform` to where "hand", "block" and, if any, "goal" begin, m
+    opens: bool = False                      # the gripper starts open and follows the action; else it stays closed
+
+
+FEATURES = {      # what PandaEnv measures; low and high: between them lie all but a few in a thousand readings
     "hand_to_block": Feature("m", 0.0, 0.25, "distance from the point between the fingertips to the block's centre; 0.03 to "
                              "0.04 when closed fingers touch the block's side, below 0.015 when open ones are around it"),
     "hand_beside_block": Feature("m", 0.0, 0.25, "the horizontal part of that distance"),
@@ -65,133 +104,145 @@ FEATURES = {      # low and high: between them lie all but a few in a thousand r
                               "above; 1 when the hand is right behind the block"),
 }
 
-# A condition is (feature, comparison, value). A task is done once all of its `success` conditions have held for `steps`
-# consecutive control steps, and it has succeeded if it is done and no condition of `limits` held at any step of the
-# episode, before or after. This one meaning serves the success test, the prompts and the descriptions of trajectories.
-# goal: its words, for prompts. features: the names that rewards may read. stages: conditions on the way, for descriptions.
-Task = namedtuple("Task", "goal features stages success steps limits")
-COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
-TASKS = {
-    "touch": Task(
+
+def _measured(names):
+    return {name: FEATURES[name] for name in names.split()}
+
+
+def _start_touch(uniform):
+    return {"block": (uniform(0.48, 0.56), uniform(-0.08, 0.08)),
+            "hand": (uniform(0.36, 0.42), uniform(-0.08, 0.08), uniform(0.05, 0.12))}
+
+
+def _start_grasp(uniform):
+    return {"block": (uniform(0.45, 0.55), uniform(-0.06, 0.06)),
+            "hand": (uniform(0.45, 0.55), uniform(-0.06, 0.06), uniform(0.12, 0.16))}
+
+
+def _start_push(uniform):
+    x, y = uniform(0.42, 0.48), uniform(-0.06, 0.06)
+    return {"block": (x, y), "hand": (x - uniform(0.06, 0.09), y + uniform(-0.02, 0.02), 0.03),
+            "goal": (x + uniform(0.10, 0.16), y + uniform(-0.04, 0.04))}
+
+
+PANDA = dict(
+    robot="a Franka Panda arm with a two-finger gripper over a table, and one block, a cube of 0.04 m and 50 g",
+    details=" with a\nfriction coefficient of 0.5. The arm is compliant: it pushes with newtons, not with hundreds of newtons. "
+            "The robot acts\n20 times per second: it moves its hand's target by up to 0.01 m along each axis, at 0.3 m/s at "
+            "most, and opens or closes\nthe gripper, which takes about 5 steps to grip a block.")
+
+TASKS = {task.name: task for task in (
+    Task(
+        name="touch",
         goal="Touch the block and keep contact with it for 10 consecutive control steps (0.5 s), gently: the contact "
              "force must never exceed 2 N and the block must never be further than 0.05 m from where it started, at "
              "any time of the attempt. The gripper stays closed and starts 0.1 to 0.23 m from the block.",
-        features=("hand_to_block", "hand_beside_block", "hand_above_block", "hand_height", "hand_speed", "contact_force",
-                  "block_displacement", "block_speed"),
+        features=_measured("hand_to_block hand_beside_block hand_above_block hand_height hand_speed contact_force "
+                           "block_displacement block_speed"),
         stages=(("hand_to_block", "<=", 0.05),),
         success=(("contact_force", ">", 0.01),), steps=10,
-        limits=(("contact_force", ">", 2.0), ("block_displacement", ">", 0.05))),
-    "grasp": Task(
+        limits=(("contact_force", ">", 2.0), ("block_displacement", ">", 0.05)),
+        start=_start_touch, **PANDA),
+    Task(
+        name="grasp",
         goal="Grasp the block and lift it: hold it between both fingers with its underside 0.08 m or more above the "
              "table for 5 consecutive control steps (0.25 s). The gripper starts open, about 0.12 m higher than the block and up to 0.12 m, mostly "
              "0.06 m, beside it.",
-        features=("hand_to_block", "hand_beside_block", "hand_above_block", "hand_height", "gripper_opening",
-                  "contact_force", "grip_force", "block_height", "block_displacement"),
+        features=_measured("hand_to_block hand_beside_block hand_above_block hand_height gripper_opening contact_force grip_force "
+                           "block_height block_displacement"),
         stages=(("hand_to_block", "<=", 0.02), ("grip_force", ">", 0.0)),
         success=(("grip_force", ">", 0.0), ("block_height", ">=", 0.08)), steps=5,
-        limits=()),
-    "push": Task(
+        start=_start_grasp, opens=True, **PANDA),
+    Task(
+        name="push",
         goal="Push the block over the table to the goal: bring its centre within 0.03 m of the goal, which lies 0.10 to "
              "0.16 m ahead of it, and keep it there for 3 consecutive control steps (0.15 s). The gripper stays closed "
              "and starts behind the block, 0.06 to 0.09 m from its centre.",
-        features=("hand_to_block", "hand_beside_block", "hand_above_block", "hand_height", "hand_speed", "contact_force",
-                  "block_displacement", "block_speed", "block_to_goal", "push_alignment"),
+        features=_measured("hand_to_block hand_beside_block hand_above_block hand_height hand_speed contact_force "
+                           "block_displacement block_speed block_to_goal push_alignment"),
         stages=(("contact_force", ">", 0.01),),
         success=(("block_to_goal", "<=", 0.03),), steps=3,
-        limits=()),
-}
-
-
-def describe_features(task):
-    """The features that rewards for `task` may read: one line each with unit and usual range, for prompts."""
-    rows = ((name, FEATURES[name]) for name in TASKS[task].features)
-    return "\n".join(f"- {name} [{f.unit or 'no unit'}, mostly {f.low:g} to {f.high:g}]: {f.text}" for name, f in rows)
+        start=_start_push, **PANDA),
+)}
 
 
 class PandaEnv:
-    """One Panda, one block, one of the tasks in TASKS.
+    """One Panda, one block, and a task: a `Task`, or the name of one in TASKS.
 
     Actions, shape (4,) in [-1, 1]: the displacement of the hand's target along x, y, z in units of MAX_DELTA, then
-    the wanted opening of the gripper, from closed (-1) to open (1); touch and push keep it closed.
+    the wanted opening of the gripper, from closed (-1) to open (1), which only tasks that open it obey.
 
     Observations: `obs="state"`, float32 of shape (24,) (what it holds: see `_state`); or
     `obs="pixels"`, uint8 of shape (9, 84, 84): the last three RGB frames, channels first, oldest first.
 
-    `step` returns as reward the sparse 1.0 while the success condition holds, else 0.0. `info` holds `success`
-    (bool) and `features` (dict of floats, SI units, the names in `TASKS[task].features`). Episodes last
+    `step` returns as reward the sparse 1.0 at each step by which success has held for `task.steps` steps and no limit has
+    been broken yet, else 0.0: it depends on counters that the observation does not show. `info` holds `success` (bool: the
+    task has been fulfilled by now) and `features` (dict of floats, SI units, the names in `task.features`). Episodes last
     EPISODE_STEPS and end `truncated`; nothing ever terminates.
 
     render_mode: None, "rgb_array" (`render()` returns an (480, 480, 3) uint8 frame) or "human" (a window, in
     real time).
     """
 
-    def __init__(self, task, obs="state", render_mode=None):
-        if task not in TASKS:
+    def __init__(self, task: Task | str, obs: str = "state", render_mode: str | None = None):
+        if not isinstance(task, Task) and task not in TASKS:
             raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
         if obs not in ("state", "pixels"):
             raise ValueError(f"unknown obs {obs!r}: choose state or pixels")
         if render_mode not in (None, "rgb_array", "human"):
             raise ValueError(f"unknown render_mode {render_mode!r}: choose None, 'rgb_array' or 'human'")
-        self.task, self.obs, self.render_mode = task, obs, render_mode
-        self._task = TASKS[task]
-        self.feature_names = self._task.features
-        self.action_shape, self.action_low, self.action_high = (4,), -1.0, 1.0
-        if obs == "state":
-            self.obs_shape, self.obs_dtype, self.obs_low, self.obs_high = (24,), np.float32, -10.0, 10.0
-        else:
-            self.obs_shape, self.obs_dtype, self.obs_low, self.obs_high = (9, 84, 84), np.uint8, 0, 255
+        self.task = task if isinstance(task, Task) else TASKS[task]
+        self.obs, self.render_mode = obs, render_mode
+        self.action_space = Space(-1.0, 1.0, (4,), np.float32)
+        self.observation_space = (Space(-10.0, 10.0, (24,), np.float32) if obs == "state" else
+                                  Space(0, 255, (9, 84, 84), np.uint8))
         self.rng = np.random.default_rng()
         self.t = EPISODE_STEPS          # step() before reset() is an error
-        self._client = pybullet.connect(pybullet.GUI if render_mode == "human" else pybullet.DIRECT)
-        if self._client < 0:
+        self._sim = BulletClient(pybullet.GUI if render_mode == "human" else pybullet.DIRECT)
+        if not self._sim.isConnected():
             raise RuntimeError("PyBullet could not open a window: is there a display? Use render_mode='rgb_array'")
         self._build()
-
-    def __getattr__(self, name):
-        # self._p_stepSimulation(...) is pybullet.stepSimulation(..., physicsClientId=ours), bound once per name.
-        if not name.startswith("_p_"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        bound = functools.partial(getattr(pybullet, name[3:]), physicsClientId=self._client)
-        setattr(self, name, bound)
-        return bound
 
     def _build(self):
         data = pybullet_data.getDataPath()
         # Without this, the order in which contacts are solved depends on what happened in earlier episodes.
-        self._p_setPhysicsEngineParameter(deterministicOverlappingPairs=1)
+        self._sim.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         if self.render_mode == "human":
-            self._p_configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
-            self._p_resetDebugVisualizerCamera(0.8, 60, -25, (0.5, 0.0, 0.05))
-        self._p_loadURDF(os.path.join(data, "plane.urdf"))
-        # The collision meshes are the same shapes in a hundredth of the triangles: shown instead of the visual
-        # meshes they make a frame of the software renderer several times faster and loading ten times.
+            self._sim.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
+            self._sim.resetDebugVisualizerCamera(0.8, 60, -25, (0.5, 0.0, 0.05))
+        self._sim.loadURDF(os.path.join(data, "plane.urdf"))
+        # The collision meshes are the same shapes in a hundredth of the triangles: shown instead of the visual meshes, where
+        # nobody looks, they make a frame of the software renderer several times faster and loading ten times.
         with open(os.path.join(data, "franka_panda", "panda.urdf")) as file:
-            urdf = file.read().replace("meshes/visual/", "meshes/collision/")
+            urdf = file.read()
+        if self.render_mode is None:
+            urdf = urdf.replace("meshes/visual/", "meshes/collision/")
         urdf = urdf.replace("package://", os.path.join(data, "franka_panda") + "/")
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "panda.urdf")
             with open(path, "w") as file:
                 file.write(urdf)
-            self._panda = self._p_loadURDF(path, useFixedBase=True)
+            self._panda = self._sim.loadURDF(path, useFixedBase=True)
         box = [BLOCK_HALF] * 3
-        self._block = self._p_createMultiBody(
-            BLOCK_MASS, self._p_createCollisionShape(pybullet.GEOM_BOX, halfExtents=box),
-            self._p_createVisualShape(pybullet.GEOM_BOX, halfExtents=box, rgbaColor=(0.9, 0.2, 0.1, 1.0)))
-        self._p_changeDynamics(self._block, -1, lateralFriction=BLOCK_FRICTION)
-        if self.task == "push":   # a flat green disc without collision shape
-            self._goal_marker = self._p_createMultiBody(0, -1, self._p_createVisualShape(
+        self._block = self._sim.createMultiBody(
+            BLOCK_MASS, self._sim.createCollisionShape(pybullet.GEOM_BOX, halfExtents=box),
+            self._sim.createVisualShape(pybullet.GEOM_BOX, halfExtents=box, rgbaColor=(0.9, 0.2, 0.1, 1.0)))
+        self._sim.changeDynamics(self._block, -1, lateralFriction=BLOCK_FRICTION)
+        self._has_goal = "goal" in self.task.start(self.rng.uniform)
+        if self._has_goal:   # a flat green disc without collision shape
+            self._goal_marker = self._sim.createMultiBody(0, -1, self._sim.createVisualShape(
                 pybullet.GEOM_CYLINDER, radius=0.03, length=0.002, rgbaColor=(0.1, 0.7, 0.2, 1.0)))
-        self._projection = self._p_computeProjectionMatrixFOV(fov=38.0, aspect=1.0, nearVal=0.1, farVal=3.0)
-        self._view = self._p_computeViewMatrix((1.05, 0.45, 0.45), (0.5, 0.0, 0.07), (0.0, 0.0, 1.0))
-        self._pristine = self._p_saveState()
+        self._projection = self._sim.computeProjectionMatrixFOV(fov=38.0, aspect=1.0, nearVal=0.1, farVal=3.0)
+        self._view = self._sim.computeViewMatrix((1.05, 0.45, 0.45), (0.5, 0.0, 0.07), (0.0, 0.0, 1.0))
+        self._wide_view = self._sim.computeViewMatrix((1.3, 0.75, 0.6), (0.42, 0.0, 0.2), (0.0, 0.0, 1.0))   # for people
+        self._pristine = self._sim.saveState()
 
     def close(self):
         """Disconnects the physics client; safe to call twice."""
-        if self._client >= 0 and pybullet.isConnected(self._client):
-            self._p_disconnect()
-        self._client = -1
+        if self._sim.isConnected():
+            self._sim.disconnect()
 
-    def reset(self, seed=None, options=None):
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Starts an episode: returns (obs, info).
 
         seed (int or None): reseeds the environment's generator; None goes on with it.
@@ -200,50 +251,35 @@ class PandaEnv:
         """
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        start = self._draw_start()
-        for key, value in (options or {}).items():
+        start = self.task.start(self.rng.uniform)
+        start = {"goal": start["block"], **start}
+        for key in options or {}:
             if key not in start:
-                raise ValueError(f"unknown reset option {key!r}: choose from {', '.join(start)}")
-            start[key] = np.asarray(value, dtype=float)
+                raise ValueError(f"unknown reset option {key!r}: choose from hand, block, goal")
+        start = {key: np.array(value, dtype=float) for key, value in {**start, **(options or {})}.items()}
         # Restoring drops cached contacts and motor states, so that an episode depends on its start alone.
-        self._p_restoreState(self._pristine)
-        finger = FINGER_MAX if self.task == "grasp" else 0.0
+        self._sim.restoreState(self._pristine)
+        finger = FINGER_MAX if self.task.opens else 0.0
         for joint, angle in zip(ARM, HOME):
-            self._p_resetJointState(self._panda, joint, angle)
+            self._sim.resetJointState(self._panda, joint, angle)
         for joint in FINGERS:
-            self._p_resetJointState(self._panda, joint, finger)
+            self._sim.resetJointState(self._panda, joint, finger)
         for _ in range(5):
             for joint, angle in zip(ARM, self._inverse_kinematics(start["hand"], 100)):
-                self._p_resetJointState(self._panda, joint, angle)
-        self._p_resetBasePositionAndOrientation(self._block, (*start["block"], BLOCK_HALF), (0, 0, 0, 1))
+                self._sim.resetJointState(self._panda, joint, angle)
+        self._sim.resetBasePositionAndOrientation(self._block, (*start["block"], BLOCK_HALF), (0, 0, 0, 1))
         self._goal, self._block_start = start["goal"], start["block"]
-        if self.task == "push":
-            self._p_resetBasePositionAndOrientation(self._goal_marker, (*self._goal, 0.001), (0, 0, 0, 1))
+        if self._has_goal:
+            self._sim.resetBasePositionAndOrientation(self._goal_marker, (*self._goal, 0.001), (0, 0, 0, 1))
         self._target = start["hand"].copy()
         self.t, self._held, self._done, self._broken = 0, 0, False, False
         self._forces = np.zeros(3)
         self._observe()
         if self.obs == "pixels":
-            self._frames = [self._frame(84)] * 3
+            self._frames = [self._frame(84, self._view)] * 3
         return self._observation(), {"success": False, "features": self._features()}
 
-    def _draw_start(self):
-        draw = self.rng.uniform
-        if self.task == "push":
-            block = np.array([draw(0.42, 0.48), draw(-0.06, 0.06)])
-            hand = np.array([block[0] - draw(0.06, 0.09), block[1] + draw(-0.02, 0.02), 0.03])
-            goal = block + (draw(0.10, 0.16), draw(-0.04, 0.04))
-        elif self.task == "touch":
-            block = np.array([draw(0.48, 0.56), draw(-0.08, 0.08)])
-            hand = np.array([draw(0.36, 0.42), draw(-0.08, 0.08), draw(0.05, 0.12)])
-            goal = block.copy()
-        else:
-            block = np.array([draw(0.45, 0.55), draw(-0.06, 0.06)])
-            hand = np.array([draw(0.45, 0.55), draw(-0.06, 0.06), draw(0.12, 0.16)])
-            goal = block.copy()
-        return {"hand": hand, "block": block, "goal": goal}
-
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Runs one control step of 50 ms: returns (obs, reward, terminated, truncated, info).
 
         action: shape (4,), clipped to [-1, 1]. Raises ValueError for another shape or a non-finite number, and
@@ -258,58 +294,59 @@ class PandaEnv:
         action = np.clip(action, -1.0, 1.0)
         target = np.clip(self._target + MAX_DELTA * action[:3], self._hand - MAX_LEAD, self._hand + MAX_LEAD)
         self._target = np.clip(target, *WORKSPACE)
-        if self.task == "grasp":
+        if self.task.opens:
             wanted, now = FINGER_MAX * (action[3] + 1) / 2, self._opening / 2
             finger = min(max(wanted, now - FINGER_LEAD), now + FINGER_LEAD)
         else:
             finger = 0.0
-        self._p_setJointMotorControlArray(
+        self._sim.setJointMotorControlArray(
             self._panda, ARM, pybullet.POSITION_CONTROL, self._inverse_kinematics(self._target, 20),
             forces=(MAX_TORQUE,) * 7)
-        self._p_setJointMotorControlArray(
+        self._sim.setJointMotorControlArray(
             self._panda, FINGERS, pybullet.POSITION_CONTROL, (finger,) * 2, forces=(FINGER_FORCE,) * 2)
         # Contacts flicker from one substep to the next; the mean over the step is what a filtered sensor reads.
         self._forces = np.zeros(3)        # other links, left finger, right finger
         for _ in range(SUBSTEPS):
-            position, _ = self._p_getBasePositionAndOrientation(self._block)
-            self._p_applyExternalForce(self._block, -1, (0, 0, -9.81 * BLOCK_MASS), position, pybullet.WORLD_FRAME)
-            self._p_stepSimulation()
-            for contact in self._p_getContactPoints(self._panda, self._block):
-                self._forces[max(contact[3] - 8, 0)] += contact[9] / SUBSTEPS
+            position, _ = self._sim.getBasePositionAndOrientation(self._block)
+            self._sim.applyExternalForce(self._block, -1, (0, 0, -9.81 * BLOCK_MASS), position, pybullet.WORLD_FRAME)
+            self._sim.stepSimulation()
+            for contact in self._sim.getContactPoints(self._panda, self._block):
+                part = {LEFT_FINGER: 1, RIGHT_FINGER: 2}.get(contact[CONTACT_LINK], 0)
+                self._forces[part] += contact[CONTACT_FORCE] / SUBSTEPS
         self.t += 1
         self._observe()
         features = self._features()
         holds, success = self._success()
         if self.obs == "pixels":
-            self._frames = self._frames[1:] + [self._frame(84)]
+            self._frames = self._frames[1:] + [self._frame(84, self._view)]
         if self.render_mode == "human":
             time.sleep(max(0.0, DT - (time.perf_counter() - started)))
         info = {"success": success, "features": features}
         return self._observation(), float(holds), False, self.t >= EPISODE_STEPS, info
 
-    def render(self):
+    def render(self) -> np.ndarray | None:
         """An RGB frame, uint8 of shape (480, 480, 3), in mode "rgb_array"; None otherwise (the window shows it)."""
-        return self._frame(480, shadow=1).transpose(1, 2, 0) if self.render_mode == "rgb_array" else None
+        return self._frame(480, self._wide_view, shadow=1).transpose(1, 2, 0) if self.render_mode == "rgb_array" else None
 
-    def _frame(self, size, shadow=0):
-        image = self._p_getCameraImage(size, size, self._view, self._projection, shadow=shadow,
+    def _frame(self, size, view, shadow=0):
+        image = self._sim.getCameraImage(size, size, view, self._projection, shadow=shadow,
                                        renderer=pybullet.ER_TINY_RENDERER, flags=pybullet.ER_NO_SEGMENTATION_MASK)
         return np.ascontiguousarray(np.reshape(image[2], (size, size, 4))[:, :, :3].transpose(2, 0, 1), dtype=np.uint8)
 
     def _inverse_kinematics(self, position, iterations):
-        return self._p_calculateInverseKinematics(
+        return self._sim.calculateInverseKinematics(
             self._panda, HAND, position, POINT_DOWN, maxNumIterations=iterations)[:7]
 
     def _observe(self):
         """Reads the simulator once per control step; everything else is derived from what it leaves here."""
-        link = self._p_getLinkState(self._panda, HAND, computeLinkVelocity=1, computeForwardKinematics=1)
+        link = self._sim.getLinkState(self._panda, HAND, computeLinkVelocity=1, computeForwardKinematics=1)
         self._hand, self._hand_velocity = np.array(link[0]), np.array(link[6])
-        position, orientation = self._p_getBasePositionAndOrientation(self._block)
+        position, orientation = self._sim.getBasePositionAndOrientation(self._block)
         self._block_position = np.array(position)
-        self._block_velocity = np.array(self._p_getBaseVelocity(self._block)[0])
+        self._block_velocity = np.array(self._sim.getBaseVelocity(self._block)[0])
         x, y, z, w = orientation
         self._block_yaw = math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
-        self._opening = sum(state[0] for state in self._p_getJointStates(self._panda, FINGERS))
+        self._opening = sum(state[0] for state in self._sim.getJointStates(self._panda, FINGERS))
 
     def _features(self):
         block, hand = self._block_position, self._hand
@@ -330,7 +367,7 @@ class PandaEnv:
             "push_alignment": float(ahead @ behind) / max(math.hypot(*ahead) * math.hypot(*behind), 1e-9),
         }
         self._values = values
-        return {name: values[name] for name in self.feature_names}
+        return {name: values[name] for name in self.task.features}
 
     def _success(self):
         """The task's own test: (whether it is done as of this step, whether it ever was). Both are False once a limit is
@@ -338,10 +375,10 @@ class PandaEnv:
         def met(conditions):
             return [COMPARE[sign](self._values[name], value) for name, sign, value in conditions]
 
-        self._broken |= any(met(self._task.limits))
-        self._held = self._held + 1 if all(met(self._task.success)) else 0
-        self._done |= self._held >= self._task.steps
-        return self._held >= self._task.steps and not self._broken, self._done and not self._broken
+        self._broken |= any(met(self.task.limits))
+        self._held = self._held + 1 if all(met(self.task.success)) else 0
+        self._done |= self._held >= self.task.steps
+        return self._held >= self.task.steps and not self._broken, self._done and not self._broken
 
     def _observation(self):
         return np.concatenate(self._frames) if self.obs == "pixels" else self._state()
@@ -364,39 +401,31 @@ class PandaEnv:
 
 
 def _measure_speed(task, steps=2000):
-    """Milliseconds of a control step with random actions: (in all, of these in the physics, in the rest of PyBullet)."""
-    env, rng, spent = PandaEnv(task), np.random.default_rng(0), {"step": 0.0, "physics": 0.0, "rest": 0.0}
-
-    def clocked(call, kind):
-        def run(*args, **kwargs):
-            started = time.perf_counter()
-            result = call(*args, **kwargs)
-            spent[kind] += time.perf_counter() - started
-            return result
-        return run
-
-    env.reset(seed=0)
-    env.step(np.zeros(4))      # by now every call of PyBullet that a step makes is bound to the instance
-    plain = {name: call for name, call in vars(env).items() if name.startswith("_p_")}
-    clocks = {name: clocked(call, "physics" if name == "_p_stepSimulation" else "rest") for name, call in plain.items()}
+    """Milliseconds of a control step with random actions, and of the bare substeps of physics in it."""
+    env, rng = PandaEnv(task), np.random.default_rng(0)
+    started = time.perf_counter()
     for step in range(steps):
         if step % EPISODE_STEPS == 0:
-            vars(env).update(plain)
             env.reset(seed=step)
-            vars(env).update(clocks)
-        clocked(env.step, "step")(rng.uniform(-1, 1, 4))
+        env.step(rng.uniform(-1, 1, 4))
+    whole = time.perf_counter() - started
+    env.reset(seed=0)
+    started = time.perf_counter()
+    for _ in range(steps * SUBSTEPS):
+        env._sim.stepSimulation()
+    physics = time.perf_counter() - started
     env.close()
-    return [1e3 * spent[kind] / steps for kind in ("step", "physics", "rest")]
+    return 1e3 * whole / steps, 1e3 * physics / steps
 
 
 if __name__ == "__main__":
-    for task in TASKS:
-        total, physics, rest = _measure_speed(task)
-        print(f"{task}: {1e3 / total:.0f} control steps/s, {total:.2f} ms each: {SUBSTEPS} substeps of physics {physics:.2f} ms, "
-              f"PyBullet's other calls {rest:.2f} ms, Python {total - physics - rest:.2f} ms")
+    for name in TASKS:
+        whole, physics = _measure_speed(name)
+        print(f"{name}: {1e3 / whole:.0f} control steps/s, {whole:.2f} ms each, of which {SUBSTEPS} bare substeps of physics take "
+              f"{physics:.2f} ms")
     env = PandaEnv("touch", obs="pixels")
     env.reset(seed=0)
     started = time.perf_counter()
     for _ in range(200):
-        env._frame(84)
-    print(f"a frame of 84x84 pixels: {(time.perf_counter() - started) / 200 * 1e3:.1f} ms")
+        env.step(np.zeros(4)) if env.t < EPISODE_STEPS else env.reset()
+    print(f"a step with a frame of 84x84 pixels: {(time.perf_counter() - started) / 200 * 1e3:.1f} ms")

@@ -19,38 +19,39 @@ import numpy as np
 import standin
 from envs import EPISODE_STEPS, TASKS
 from llm import LLM, prompt, read_code
-from mh import SamplerError
+from questions import describe, rank_attempts
 from reward import Reward, RewardError
-from selfalign import (DISCORDANT, GAIN, UPDATE_EVERY, Change, align, choose_trajectories, columns, describe, discordant,
-                       estimate, explained, pairs_of, rank_attempts, returns_of)
+from selfalign import (DISCORDANT, GAIN, UPDATE_EVERY, Change, RTheta, choose_trajectories, discordant, estimate, pairs_of,
+                       sample_theta)
+from mh import SamplerError
 
 MOST = 150      # episodes of each kind that are compared
 
 
 def scores_of(task, episodes):
     """The stand-in's progress score of each episode, read off its description as in a ranking."""
-    return np.array(list(standin.scores_of(f"{TASKS[task].goal}\n\n{describe(task, episodes)}").values()))
+    return np.array(list(standin.scores_of(f"{task.goal}\n\n{describe(task, episodes)}").values()))
 
 
-def accuracy(reward, theta, names, episodes, scores):
+def accuracy(reward, theta, episodes, scores):
     """Share of the pairs of episodes with clearly different scores that R_θ orders as the scores do; NaN without any."""
     pairs = np.argwhere(scores[:, None] - scores[None, :] > standin.EQUAL)
-    if not len(pairs):
-        return np.nan
-    return 1 - discordant(returns_of(reward, theta, *columns(episodes, names)), pairs).mean()
+    return 1 - discordant(reward.returns(episodes)(theta), pairs).mean() if len(pairs) else np.nan
 
 
 def judge(task, reward, theta, episodes, scores, seed=0):
     """One update of θ after the first period: a dict of accuracies, whether it is taken, and the sampler's diagnostics."""
-    names, period, rng = TASKS[task].features, UPDATE_EVERY // EPISODE_STEPS, np.random.default_rng(seed)
-    T, age, chosen = choose_trajectories(episodes[:period], reward, theta, names, rng)
-    D = [(T, pairs_of(rank_attempts(LLM(standin.StandIn(), lambda exchange: None), task, T)))]
-    before, new, result = explained(reward, theta, D, names), theta, {"taken": 0, "rhat": np.nan, "ess": np.nan}
-    if before < 1 - DISCORDANT:                    # the steps of `selfalign.update_theta` that concern the posterior
-        posterior = align(reward, theta, D, names, rng)
-        new, gain = estimate(posterior, reward, Change(0, "proposal", theta, theta), D, names)
+    period, rng = UPDATE_EVERY // EPISODE_STEPS, np.random.default_rng(seed)
+    r_theta = RTheta(reward, episodes[0])
+    r_theta.theta = theta
+    T, age, chosen = choose_trajectories(episodes[:period], r_theta, task.horizon, rng)
+    pairs = pairs_of(rank_attempts(LLM(standin.StandIn(), lambda exchange: None), task, T))
+    new, result = theta, {"taken": 0, "rhat": np.nan, "ess": np.nan}
+    if discordant(reward.returns(T)(theta), pairs).mean() > DISCORDANT:      # what `selfalign.align` does
+        posterior = sample_theta(reward, theta, [(T, pairs)], rng)
+        better, gain = estimate(posterior, reward, Change(0, "proposal", theta, theta), [(T, pairs)])
         taken = posterior.mixed and gain > GAIN
-        new = new if taken else theta
+        new = better if taken else theta
         result = {"taken": int(taken), "rhat": posterior.rhat.max(), "ess": posterior.ess.min()}
     groups = {"T": chosen, "held": np.setdiff1d(np.arange(period // 2, min(period, len(episodes))), chosen)[:MOST],
               "late": np.arange(period, len(episodes))}
@@ -58,7 +59,7 @@ def judge(task, reward, theta, episodes, scores, seed=0):
     for kind, chosen in groups.items():
         some = [episodes[i] for i in chosen]
         for when, params in (("before", theta), ("after", new)):
-            result[f"{kind}_{when}"] = accuracy(reward, params, names, some, scores[chosen]) if some else np.nan
+            result[f"{kind}_{when}"] = accuracy(reward, params, some, scores[chosen]) if some else np.nan
     return result
 
 
@@ -69,7 +70,7 @@ def main():
     parser.add_argument("--wrong", action="store_true", help="also each parameter ten times too large and too small")
     args = parser.parse_args()
     try:
-        task = json.loads((Path(args.run) / "settings.json").read_text())["task"]
+        task = TASKS[json.loads((Path(args.run) / "settings.json").read_text())["task"]]
         with np.load(Path(args.run) / "episodes.npz") as archive:
             episodes = [archive[f"arr_{i}"].astype(float) for i in range(len(archive.files))]
     except (OSError, ValueError, LookupError) as error:
@@ -82,10 +83,10 @@ def main():
     rows = []
     for path in args.proposal or ["(stand-in)"]:
         try:
-            text = Path(path).read_text(encoding="utf-8") if args.proposal else prompt(f"offline/{task}")
-            reward = Reward(read_code(text), TASKS[task].features)
+            text = Path(path).read_text(encoding="utf-8") if args.proposal else prompt(f"offline/{task.name}")
+            reward = Reward(read_code(text), task.features)
         except (OSError, ValueError) as error:
-            sys.exit(f"{path} holds no reward for {task}: {error}")
+            sys.exit(f"{path} holds no reward for {task.name}: {error}")
         for name, factor in [("", 1.0)] + [(name, f) for name in reward.params for f in (10.0, 0.1) if args.wrong]:
             theta = {**reward.params, **({name: reward.params[name] * factor} if name else {})}
             try:

@@ -1,6 +1,6 @@
 """Everything between the loop and a large language model: asking, reading answers, keeping a transcript.
 
-Needs requests (and numpy to describe numbers) and knows no RL. The prompts are the text files in prompts/.
+Needs requests and knows no RL. The prompts are the text files in prompts/.
 
     llm = LLM(Chat(model="..."), record=print)               # any OpenAI-compatible /chat/completions
     groups = llm.ask("rank", prompt("rank", count=4, ...), parse=lambda text: read_ranking(text, 4))
@@ -18,10 +18,10 @@ import textwrap
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-import numpy as np
 import requests
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -296,64 +296,24 @@ class Replay:
         return Reply(record["reply"], record.get("prompt_tokens", 0), record.get("completion_tokens", 0))
 
 
-def describe_attempt(label, series, dt, task):
-    """One trajectory as text for a prompt, below 400 tokens: whether it fulfils the task, limits, stages, key moments.
-
-    series: dict of (T,) arrays. dt: seconds a step. task: an object with `stages`, `success` and `limits`, each a sequence
-    of conditions (name, ">" or ">=" or "<=", value), and `steps`: the task is fulfilled where all conditions of
-    `success` hold for so many steps running and none of `limits` ever holds.
-    """
-    length = len(next(iter(series.values())))
-
-    def short(value):
-        return f"{round(float(value), 3) + 0.0:.3g}"
-
-    def time_of(step):
-        return f"{(step + 1) * dt:.2f}"
-
-    def met(condition):
-        name, sign, value = condition
-        return {">": np.greater, ">=": np.greater_equal, "<=": np.less_equal}[sign](series[name], value)
-
-    def words(conditions):
-        return " and ".join(f"{name} {sign} {value:g}" for name, sign, value in conditions)
-
-    breaks = {condition: np.flatnonzero(met(condition)) for condition in task.limits}
-    first_break = min((int(steps[0]) for steps in breaks.values() if len(steps)), default=length)
-    holds = np.logical_and.reduce([met(condition) for condition in task.success])
-    done = next((step for step in range(task.steps - 1, length) if holds[step + 1 - task.steps:step + 1].all()), None)
-    verdict = "fulfils the task" if done is not None and first_break == length else "does not fulfil the task"
-    lines = [f"Attempt {label}: {verdict}"]
-    if done is not None:
-        lines[0] += f" ({'done' if first_break == length else 'done but for the limits'} at {time_of(done)} s)"
-    for (name, sign, value), steps in breaks.items():
-        lines.append(f"  limit {name} <= {value:g}: " + (
-            f"broken first at {time_of(steps[0])} s, in {len(steps)} steps, highest reading {series[name].max():.4g}"
-            if len(steps) else "kept"))
-    for conditions in [(condition,) for condition in task.stages] + [task.success]:
-        held = np.logical_and.reduce([met(condition) for condition in conditions])
-        run, end = longest_run(held)
-        spell = (f", first at {time_of(int(held.argmax()))} s, longest run {run} "
-                 f"from {time_of(end - run + 1)} s" if run else "")
-        if run and first_break < length:
-            spell += f", {longest_run(held[:first_break])[0]} before a limit broke"
-        lines.append(f"  {words(conditions)}: {int(held.sum())} of {length} steps{spell}")
-    moments = np.unique(np.linspace(0, length - 1, 4).round().astype(int))
-    rows = [["time", *(time_of(step) for step in moments), "| lowest", "highest"]]
-    for name, values in series.items():
-        rows.append([name, *(short(values[step]) for step in moments),
-                     f"| {short(values.min())}", short(values.max())])
-    return "\n".join(lines + ["  " + " ".join(row) for row in rows])
-
-
-def longest_run(met):
-    """(length, index of its last step) of the longest run of True in a (T,) array."""
-    best, end, run = 0, -1, 0
-    for step, true in enumerate(met):
-        run = run + 1 if true else 0
-        if run > best:
-            best, end = run, step
-    return best, end
+def choose_backend(kind: str, model: str | None) -> tuple[Callable, str]:
+    """(the backend behind --llm, the words that name it on the screen). Raises LLMError for one that cannot be used."""
+    chosen = kind
+    if kind == "auto":
+        chosen = "chat" if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL") else "offline"
+    if chosen == "chat":
+        backend = Chat(model)
+        return backend, f"{backend.model} at {backend.shown_url}"
+    if chosen == "offline":
+        from standin import StandIn             # which is built on this module
+        why = "" if kind == "offline" else " (OPENAI_API_KEY and OPENAI_BASE_URL are not set)"
+        return StandIn(), f"offline stand-in{why}: scripted answers, NOT a language model"
+    if chosen == "manual":
+        return Manual(), "you: paste the answers at the prompt"
+    if chosen.startswith("replay:"):
+        path = chosen[len("replay:"):]
+        return Replay(path), f"none: answers are replayed from {path}"
+    raise LLMError(f"unknown --llm {kind}: choose auto, chat, offline, manual or replay:FILE")
 
 
 def read_code(text):

@@ -19,6 +19,7 @@ holds nothing else.
 import ast
 import difflib
 import warnings
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,18 +62,19 @@ def _fail(node, reason):
 class Reward:
     """A compiled reward.
 
+    features: the names that it may read, kept as `offered`, in the order of the columns of trajectories.
     `source` and `name` as written; `features`, the names it reads; `params`, names to initial values, all positive;
     `term_names`.
 
     Raises RewardError for source outside the language.
     """
 
-    def __init__(self, source, features):
-        self.source = source
+    def __init__(self, source: str, features: Iterable[str]):
+        self.source, self.offered = source, list(features)
         function = _parse(source)
         _check_nodes(function)
         self.name = function.name
-        self.features, self.params = _signature(function, list(features))
+        self.features, self.params = _signature(function, self.offered)
         self.term_names = _body(function, {*self.features, *self.params})
         tree = ast.Module([_Floats().visit(function)], type_ignores=[])
         namespace = {"np": SimpleNamespace(**{name: getattr(np, name) for name in FUNCTIONS}), "__builtins__": {}}
@@ -82,7 +84,7 @@ class Reward:
             raise RewardError(f"the source cannot be compiled: {error}") from None
         self._function = namespace[self.name]
 
-    def terms(self, features, params=None):
+    def terms(self, features: dict[str, np.ndarray], params: dict | None = None) -> dict[str, np.ndarray]:
         """Named terms as float arrays of the common shape of `features` and `params`.
 
         features: dict of arrays (...,), at least those in `self.features`. params: dict that overrides initial
@@ -100,17 +102,31 @@ class Reward:
         except (ArithmeticError, TypeError, ValueError) as error:
             raise RewardError(f"the reward cannot be computed: {type(error).__name__}: {error}") from None
 
-    def total(self, features, params=None):
+    def total(self, features: dict[str, np.ndarray], params: dict | None = None) -> np.ndarray:
         """r_θ(f): the sum of the terms, same shapes as `terms`."""
         return sum(self.terms(features, params).values())
 
-    def check(self, features):
+    def check(self, features: dict[str, np.ndarray]) -> None:
         """Raises RewardError naming every term that is not finite on `features` (dict of (N,) arrays)."""
         bad = [name for name, value in self.terms(features).items() if not np.isfinite(value).all()]
         if bad:
             raise RewardError(f"not finite (NaN or infinity) on real features: term {', '.join(bad)}")
 
-    def source_with(self, params):
+    def returns(self, trajectories: list[np.ndarray]) -> Callable:
+        """R: θ ↦ (R_θ(τ_1), …, R_θ(τ_K)) with R_θ(τ) = Σ_t r_θ(f_t), for K trajectories.
+
+        trajectories: (T, F) arrays of the features offered to this reward, in their order; T may differ. What is returned
+        maps params as in `terms` to shape (K,), and values of shape (C, 1) to (C, K).
+        """
+        features = self.named(np.concatenate(trajectories))
+        starts = np.cumsum([0] + [len(trajectory) for trajectory in trajectories[:-1]])
+        return lambda params=None: np.add.reduceat(self.total(features, params), starts, axis=-1)
+
+    def named(self, features: np.ndarray) -> dict[str, np.ndarray]:
+        """Features (N, F) as {name: (N,) array}."""
+        return dict(zip(self.offered, np.ascontiguousarray(features.T)))
+
+    def source_with(self, params: dict[str, float]) -> str:
         """The source with the defaults replaced by `params`; comments and layout are kept."""
         function = _parse(self.source)
         lines = self.source.encode().splitlines(keepends=True)   # ast counts columns in bytes

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import BLOCK_FRICTION, BLOCK_MASS, EPISODE_STEPS, FEATURES, TASKS, WORKSPACE, PandaEnv, describe_features
+from envs import BLOCK_FRICTION, BLOCK_MASS, EPISODE_STEPS, FEATURES, TASKS, WORKSPACE, PandaEnv
+from questions import task_words
 
 
 @pytest.fixture(params=list(TASKS))
@@ -49,7 +50,7 @@ def test_starts_are_drawn_afresh_and_stay_in_bounds(env):
     for seed in range(20):
         obs, info = env.reset(seed=seed)
         blocks.add(tuple(env._block_position))
-        assert obs.shape == env.obs_shape and obs.dtype == np.float32
+        assert obs.shape == env.observation_space.shape and obs.dtype == np.float32
         assert not info["success"] and info["features"]["block_displacement"] < 1e-6
         assert math.dist(env._hand, env._target) < 2e-3            # inverse kinematics arrived
     assert len(blocks) == 20
@@ -57,12 +58,12 @@ def test_starts_are_drawn_afresh_and_stay_in_bounds(env):
 
 def test_features_are_documented_and_true(env):
     env.reset(seed=3)
-    text = describe_features(env.task)
+    text = task_words(env.task)["features"]
     rng = np.random.default_rng(0)
     for _ in range(EPISODE_STEPS):
         _, reward, terminated, truncated, info = env.step(rng.uniform(-1, 1, 4))
         f = info["features"]
-        assert tuple(f) == env.feature_names == TASKS[env.task].features
+        assert list(f) == list(env.task.features) == list(TASKS[env.task.name].features)
         assert all(name in text and type(value) is float and math.isfinite(value) for name, value in f.items())
         apart = env._hand - env._block_position
         assert f["hand_to_block"] == pytest.approx(np.linalg.norm(apart))
@@ -163,7 +164,7 @@ def play(env, policy, seed, **reset):
     steps = [env.step(policy(t)) for t in range(EPISODE_STEPS)]
     infos = [step[-1] for step in steps]
     seen = [(step[1], step[-1]["success"]) for step in steps]
-    assert seen == judged(env.task, [info["features"] for info in infos])
+    assert seen == judged(env.task.name, [info["features"] for info in infos])
     assert all(type(reward) is float and type(success) is bool for reward, success in seen)
     return infos
 
@@ -293,7 +294,7 @@ def test_target_leads_the_hand_by_little_and_stays_in_the_workspace(env):
 def test_pixels_are_three_stacked_frames_that_show_the_scene():
     env = PandaEnv("push", obs="pixels")
     obs, _ = env.reset(seed=0)
-    assert obs.shape == env.obs_shape == (9, 84, 84) and obs.dtype == np.uint8
+    assert obs.shape == env.observation_space.shape == (9, 84, 84) and obs.dtype == np.uint8
     np.testing.assert_array_equal(obs[:3], obs[6:])
     red = (obs[6].astype(int) - obs[7] > 60).sum()                   # the block
     assert red > 20

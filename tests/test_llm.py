@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import llm
-from envs import DT, EPISODE_STEPS, FEATURES, TASKS, PandaEnv
-from llm import (LLM, Chat, LLMError, Manual, Replay, UnusableReply, describe_attempt, longest_run, prompt, read_analysis,
+from envs import EPISODE_STEPS, FEATURES, TASKS, PandaEnv
+from llm import (LLM, Chat, LLMError, Manual, Replay, UnusableReply, prompt, read_analysis,
                  read_code, read_ranking)
+from questions import describe_attempt, longest_run
 from reward import Reward
 from standin import EQUAL, StandIn, attempt_of, attempts_of, score, scores_of
 
@@ -313,7 +314,7 @@ def test_broken_analyses_get_the_reason(params, reason):
 
 
 # A task of every kind of condition: near, then hold and lift for three steps, never with more than 2 N or 0.05 m away.
-CARRY = SimpleNamespace(stages=(("near", "<=", 0.05),), success=(("force", ">", 0.0), ("height", ">=", 0.1)), steps=3,
+CARRY = SimpleNamespace(stages=(("near", "<=", 0.05),), success=(("force", ">", 0.0), ("height", ">=", 0.1)), steps=3, dt=0.05,
                         limits=(("force", ">", 2.0), ("away", ">", 0.05)))
 NEAR = [0.2, 0.12, 0.05, 0.04, 0.04, 0.04, 0.04, 0.06, 0.1, 0.2]
 DONE = dict(near=NEAR, force=[0, 0, 0, 1, 1.2344, 1, 2, 1, 0, 0], height=[0, 0, 0, 0, 0.1, 0.2, 0.15, 0.0996, 0.2, 0],
@@ -321,7 +322,7 @@ DONE = dict(near=NEAR, force=[0, 0, 0, 1, 1.2344, 1, 2, 1, 0, 0], height=[0, 0, 
 
 
 def described(**series):
-    return describe_attempt(7, {name: np.array(values, float) for name, values in series.items()}, 0.05, CARRY)
+    return describe_attempt(7, {name: np.array(values, float) for name, values in series.items()}, CARRY)
 
 
 def test_an_attempt_that_fulfils_the_task_in_every_word():
@@ -378,8 +379,8 @@ def test_descriptions_of_random_episodes_are_short(task):
     for seed in range(8):
         env.reset(seed=seed)
         rows = [env.step(rng.uniform(-1, 1, 4) - (0, 0, 0.3, 0))[-1]["features"] for _ in range(EPISODE_STEPS)]
-        series = {name: np.array([row[name] for row in rows]) for name in env.feature_names}
-        assert 200 < tokens(describe_attempt(16, series, DT, TASKS[task])) < 400
+        series = {name: np.array([row[name] for row in rows]) for name in list(env.task.features)}
+        assert 200 < tokens(describe_attempt(16, series, TASKS[task])) < 400
     env.close()
 
 
@@ -397,7 +398,7 @@ def test_descriptions_are_short_even_where_there_is_much_to_tell(task):
     for name in ("contact_force", "grip_force", "block_height", "block_displacement", "block_speed"):
         if name in series:
             series[name][0] = 0
-    text = describe_attempt(16, series, DT, TASKS[task])
+    text = describe_attempt(16, series, TASKS[task])
     assert text.count("broken first") == len(TASKS[task].limits)
     assert tokens(text) < 410                      # the worst that can be made up, by a count that is too high
 
@@ -532,7 +533,7 @@ def progress(task, series):
 
 def read(task, series):
     """The stand-in's view of an attempt."""
-    return attempt_of(describe_attempt(1, series, DT, TASKS[task]).partition(":")[2])
+    return attempt_of(describe_attempt(1, series, TASKS[task]).partition(":")[2])
 
 
 def scored(task, series):
@@ -544,7 +545,7 @@ def test_scores_read_off_descriptions_are_those_of_the_numbers(task):
     rng = np.random.default_rng(0)
     attempts = [any_attempt(task, rng) for _ in range(60)]
     expected = [progress(task, series) for series in attempts]
-    texts = [describe_attempt(i + 1, series, DT, TASKS[task]) for i, series in enumerate(attempts)]
+    texts = [describe_attempt(i + 1, series, TASKS[task]) for i, series in enumerate(attempts)]
     text = "The attempts:\n\n" + "\n  reward per step 1.5 = 1.5 (a)\n\n".join(texts) + "\n\nRank them."
     found = attempts_of(text)
     assert list(found) == list(range(1, 61))
@@ -566,7 +567,7 @@ def test_the_stand_in_ranks_by_score_and_calls_close_ones_equal(task):
     rng = np.random.default_rng(1)
     attempts = [any_attempt(task, rng) for _ in range(24)]
     scores = [scored(task, series) for series in attempts]
-    text = "\n\n".join(describe_attempt(i + 1, series, DT, TASKS[task]) for i, series in enumerate(attempts))
+    text = "\n\n".join(describe_attempt(i + 1, series, TASKS[task]) for i, series in enumerate(attempts))
     question = prompt("rank", count=24, task=task, goal=TASKS[task].goal, features="", trajectories=text)
     groups = [[scores[i - 1] for i in group]
               for group in read_ranking(StandIn()([{"role": "user", "content": question}]).text, 24)]
@@ -641,7 +642,7 @@ def test_breaking_a_limit_by_little_costs_too():
 
 def analysed(task, code, *attempts):
     """The stand-in's answer to a failure analysis: (what blocks, changes)."""
-    text = "\n\n".join(describe_attempt(i + 1, series, DT, TASKS[task]) + "\n  reward per step 0.5 = 0.5 (a)"
+    text = "\n\n".join(describe_attempt(i + 1, series, TASKS[task]) + "\n  reward per step 0.5 = 0.5 (a)"
                        for i, series in enumerate(attempts))
     question = prompt("analyse", task=task, goal=TASKS[task].goal, features="", reward=code, trajectories=text)
     return read_analysis(StandIn()([{"role": "user", "content": question}]).text, Reward(code, TASKS[task].features).params)

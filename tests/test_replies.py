@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import selfalign
-from envs import DT, TASKS
-from llm import describe_attempt, prompt, read_analysis, read_code, read_ranking
+from envs import TASKS, PandaEnv
+from llm import prompt, read_analysis, read_code, read_ranking
+from questions import describe_attempt
 from reward import Reward
 from standin import STAGES, StandIn
 
@@ -20,7 +21,7 @@ PROGRESS = json.loads((REPLIES / "progress.json").read_text())
 @pytest.mark.parametrize("path", sorted(REPLIES.glob("propose-*.md")), ids=lambda path: path.stem)
 def test_first_proposals_compile_without_repair(path):
     task = path.stem.split("-")[1]
-    features = selfalign.random_features(task)
+    features = dict(zip(TASKS[task].features, selfalign.random_features(PandaEnv(task)).T))
     reward = Reward(read_code(path.read_text()), TASKS[task].features)
     reward.check(features)
     assert all(value > 0 for value in reward.params.values())
@@ -65,7 +66,7 @@ def attempts_that_reach(task, stage):
     """Descriptions of three attempts whose second half has the typical readings of a stage, 0 being the start."""
     readings = {name: value for change in STAGES[task][:stage + 1] for name, value in change.items()}
     series = {name: np.repeat([STAGES[task][0][name], readings[name]], 25) for name in TASKS[task].features}
-    return "\n\n".join(describe_attempt(i + 1, series, DT, TASKS[task]) for i in range(3))
+    return "\n\n".join(describe_attempt(i + 1, series, TASKS[task]) for i in range(3))
 
 
 def scripted_analysis(task, code, attempts):
