@@ -11,9 +11,17 @@ Needs torch and numpy only, and knows nothing of rewards beyond numbers.
 
 Observations of three dimensions are stacks of frames and get the paper's encoder and random shift. Observations
 of one dimension are states and get neither; the rest of the algorithm is the same.
+
+What differs from the authors' code (github.com/facebookresearch/drqv2):
+- An n-step return stops at the end of its episode, with fewer steps and a bootstrap from the last observation; theirs samples
+  only starts that have n steps left. Timeouts bootstrap, terminations do not.
+- Nothing repeats actions, and the first frames, explored at random, are the caller's business.
+- One schedule of the exploration noise, linear; steps are environment steps, not frames.
+- `saturation` and `average` of DrQV2, off by default, are not in the paper.
 """
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,12 +29,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def linear_schedule(step, start, end, duration):
+def linear_schedule(step: float, start: float, end: float, duration: float) -> float:
     """σ(t) = start + (end − start)·min(t / duration, 1): the exploration noise, paper section 3.1."""
     return start + (end - start) * min(step / duration, 1.0)
 
 
-def random_shift(images, pad=4):
+def random_shift(images: torch.Tensor, pad: int = 4) -> torch.Tensor:
     """Shifts each image by up to ±`pad` pixels at random, bilinearly interpolated, edges repeated.
 
     images: float tensor (B, C, H, W) with H = W. Returns the same shape. The shift is drawn in whole pixels, as
@@ -44,7 +52,7 @@ def random_shift(images, pad=4):
     return F.grid_sample(padded, grid + shift, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def truncated_normal(mean, std, clip=None):
+def truncated_normal(mean: torch.Tensor, std: float, clip: float | None = None) -> torch.Tensor:
     """A sample of N(mean, std²) clamped to (−1, 1), its noise clamped to ±clip where clip is given.
 
     The clamp to (−1, 1) passes gradients straight through to `mean`, so a saturated actor can still move.
@@ -137,8 +145,9 @@ class DrQV2:
     training. 1 is the actor itself, as published.
     """
 
-    def __init__(self, obs_shape, action_shape, device="cpu", lr=1e-4, feature_dim=50, hidden_dim=1024, tau=0.01,
-                 std=(1.0, 0.1, 100_000), noise_clip=0.3, saturation=0.0, average=1.0):
+    def __init__(self, obs_shape: tuple[int, ...], action_shape: tuple[int], device: str = "cpu", lr: float = 1e-4,
+                 feature_dim: int = 50, hidden_dim: int = 1024, tau: float = 0.01, std: tuple = (1.0, 0.1, 100_000),
+                 noise_clip: float = 0.3, saturation: float = 0.0, average: float = 1.0):
         self.device, self.tau, self.std, self.noise_clip = torch.device(device), tau, std, noise_clip
         self.saturation, self.average = saturation, average
         self.pixels = len(obs_shape) == 3
@@ -153,7 +162,7 @@ class DrQV2:
         self.critic_opt = torch.optim.Adam([*self.encoder.parameters(), *self.critic.parameters()], lr=lr, fused=True)
 
     @torch.no_grad()
-    def act(self, obs, step, explore=True):
+    def act(self, obs: np.ndarray, step: int, explore: bool = True) -> np.ndarray:
         """Action (A,) in [−1, 1] as float32 for one observation; `explore=False` is the greedy policy."""
         obs = torch.as_tensor(obs, device=self.device).float().unsqueeze(0)
         if explore:
@@ -162,7 +171,7 @@ class DrQV2:
             action = self.greedy(self.encoder(obs))
         return action[0].cpu().numpy()
 
-    def update(self, batch, step):
+    def update(self, batch: tuple, step: int) -> dict[str, float]:
         """One gradient step for critic and encoder (equation 1), actor (equation 2) and target (EMA).
 
         batch: numpy arrays (obs, action, reward, discount, next_obs) as `ReplayBuffer.sample` gives them.
@@ -197,15 +206,16 @@ class DrQV2:
 
         with torch.no_grad():
             for slow, fast, rate in ((self.critic_target, self.critic, self.tau), (self.greedy, self.actor, self.average)):
-                torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
+                for p, q in zip(slow.parameters(), fast.parameters()):
+                    p.lerp_(q, rate)
         return {"critic_loss": critic_loss.item(), "actor_loss": actor_loss.item(), "q": q1.mean().item()}
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """Everything needed to act again, as CPU tensors."""
         return {name: {key: value.cpu() for key, value in getattr(self, name).state_dict().items()}
                 for name in ("encoder", "actor", "critic", "greedy")}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         """Takes what `state_dict` gave; the target critic starts equal to the critic."""
         for name in ("encoder", "actor", "critic", "greedy"):
             getattr(self, name).load_state_dict(state[name])
@@ -224,8 +234,8 @@ class ReplayBuffer:
     reward under a new reward function.
     """
 
-    def __init__(self, capacity, obs_shape, action_shape, n_features=0, obs_dtype=np.float32, frame_stack=1, nstep=3,
-                 discount=0.99, seed=0):
+    def __init__(self, capacity: int, obs_shape: tuple[int, ...], action_shape: tuple[int, ...], n_features: int = 0,
+                 obs_dtype=np.float32, frame_stack: int = 1, nstep: int = 3, discount: float = 0.99, seed: int = 0):
         self.capacity, self.nstep, self.discount, self.frame_stack = capacity, nstep, discount, frame_stack
         self.channels = obs_shape[0] // frame_stack
         self.obs = np.zeros((capacity, self.channels, *obs_shape[1:]), obs_dtype)
@@ -241,16 +251,17 @@ class ReplayBuffer:
         self.startable = np.zeros(capacity, bool)         # ... and may be sampled: it has ended, its frames are here
         self.rng = np.random.default_rng(seed)
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Number of transitions that can be sampled."""
         return int(self.startable.sum())
 
-    def begin(self, obs):
+    def begin(self, obs: np.ndarray) -> None:
         """Starts an episode with its first observation; an unfinished one before it is never sampled."""
         self.episode_start = self.rows
         self._write(obs)
 
-    def add(self, action, next_obs, reward, terminated, truncated, features=()):
+    def add(self, action: np.ndarray, next_obs: np.ndarray, reward: float, terminated: bool, truncated: bool,
+            features=()) -> None:
         """Appends one transition. Raises ValueError before `begin`, and for an episode longer than the buffer."""
         if self.episode_start is None:
             raise ValueError("call begin(obs) with the episode's first observation before add()")
@@ -280,7 +291,7 @@ class ReplayBuffer:
         frames = self.obs[np.maximum(back, self.first[rows % self.capacity][:, None]) % self.capacity]
         return frames.reshape(len(rows), -1, *frames.shape[3:])
 
-    def sample(self, batch_size):
+    def sample(self, batch_size: int) -> tuple[np.ndarray, ...]:
         """A uniform batch: obs (B, ...), action (B, A), reward (B,), discount (B,), next_obs (B, ...).
 
         reward is Σ_{k<m} γ^k r_{t+k} and discount γ^m with m = min(n, steps left in the episode), so a return
@@ -303,14 +314,14 @@ class ReplayBuffer:
         discount = self.discount ** m * ~self.terminal[end % self.capacity]
         return (self._stack(rows), self.action[slots], rewards @ self.discount ** k, discount, self._stack(end))
 
-    def relabel(self, reward_fn):
+    def relabel(self, reward_fn: Callable[[np.ndarray], np.ndarray]) -> None:
         """Recomputes every stored reward in one call: reward_fn maps features (N, F) to rewards (N,)."""
         rows = np.flatnonzero(self.acted)
         self.reward[rows] = reward_fn(self.features[rows])
 
-    def episodes(self, since=0):
-        """Features (T, F) of each complete episode that began at row `since` or later, oldest first."""
+    def episodes(self) -> list[np.ndarray]:
+        """Features (T, F) of each complete episode that is still held in full, oldest first."""
         ends = np.flatnonzero(self.startable)
         firsts = np.unique(self.first[ends])
-        firsts = firsts[(firsts >= since) & (firsts >= self.rows - self.capacity)]
+        firsts = firsts[firsts >= self.rows - self.capacity]
         return [self.features[np.arange(f, self.last[f % self.capacity]) % self.capacity] for f in firsts]

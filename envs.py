@@ -234,7 +234,7 @@ class PandaEnv:
                 pybullet.GEOM_CYLINDER, radius=0.03, length=0.002, rgbaColor=(0.1, 0.7, 0.2, 1.0)))
         self._projection = self._sim.computeProjectionMatrixFOV(fov=38.0, aspect=1.0, nearVal=0.1, farVal=3.0)
         self._view = self._sim.computeViewMatrix((1.05, 0.45, 0.45), (0.5, 0.0, 0.07), (0.0, 0.0, 1.0))
-        self._wide_view = self._sim.computeViewMatrix((1.3, 0.75, 0.6), (0.42, 0.0, 0.2), (0.0, 0.0, 1.0))   # for people
+        self._wide_view = self._sim.computeViewMatrix((1.6, 0.75, 0.6), (0.33, 0.0, 0.26), (0.0, 0.0, 1.0))    # for people
         self._pristine = self._sim.saveState()
 
     def close(self):

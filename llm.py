@@ -21,6 +21,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -49,7 +50,7 @@ class UnusableReply(ValueError):
     """One answer cannot be used; the message goes back to the LLM."""
 
 
-def prompt(name, **values):
+def prompt(name: str, **values) -> str:
     """The text of prompts/NAME.txt with each $placeholder that has a value replaced; any other $ stays."""
     try:
         text = (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
@@ -59,18 +60,18 @@ def prompt(name, **values):
 
 
 class LLM:
-    """Puts questions to a backend and has unusable answers mended.
+    """Puts questions to a backend, and again where an answer cannot be used.
 
     record: is called with every exchange as it happens, a dict of kind, prompt, reply (or why there is none),
     tokens and seconds; these dicts, a line of JSON each, are the transcript that `Replay` reads.
     """
 
-    def __init__(self, backend, record):
+    def __init__(self, backend: Callable[[list[dict]], Reply], record: Callable[[dict], None]):
         self.backend, self.record = backend, record
         self.exchanges = self.prompt_tokens = self.completion_tokens = 0
         self.seconds = 0.0
 
-    def ask(self, kind, question, parse):
+    def ask(self, kind: str, question: str, parse: Callable[[str], Any]) -> Any:
         """The parsed answer to `question`.
 
         parse: maps the reply's text to a value, or raises ValueError, whose message is shown to the LLM in the
@@ -118,7 +119,7 @@ class Chat:
     server) and appears nowhere else. Only `model` and `messages` are sent: other fields are not accepted everywhere.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: str | None):
         if not model:
             raise LLMError("no model is named: add --model NAME (with Ollama, one that `ollama list` shows)")
         self.model, self.key = model, os.environ.get("OPENAI_API_KEY", "").strip()
@@ -130,7 +131,7 @@ class Chat:
         if not self.key.isascii() or not self.key.isprintable():
             raise LLMError("OPENAI_API_KEY holds characters that no key has: set it again")
 
-    def __call__(self, messages):
+    def __call__(self, messages: list[dict]) -> Reply:
         for retry in range(RETRIES + 1):
             try:
                 status, headers, body = self._post({"model": self.model, "messages": messages})
@@ -249,7 +250,7 @@ def _retry_after(value):
 class Manual:
     """A person at the terminal, or any chat window: prints the prompt and reads the pasted answer."""
 
-    def __call__(self, messages):
+    def __call__(self, messages: list[dict]) -> Reply:
         print(f"\n{'=' * 30} prompt {'=' * 30}\n{messages[-1]['content']}\n{'=' * 68}")
         print("Paste the answer, then a line that holds only END:", flush=True)
         lines = []
@@ -269,7 +270,7 @@ class Manual:
 class Replay:
     """Answers from the transcript of an earlier run, as long as the same questions are asked in the same order."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         try:
             self.records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
             for number, record in enumerate(self.records, 1):
@@ -279,15 +280,15 @@ class Replay:
             raise LLMError(f"{path} is not a transcript that can be replayed: {error}") from None
         self.path, self.position = path, 0
 
-    def __call__(self, messages):
+    def __call__(self, messages: list[dict]) -> Reply:
         asked = messages[-1]["content"]
         if self.position >= len(self.records):
-            raise LLMError(f"the replay has departed from {self.path}: it ends after {self.position} exchanges")
+            raise LLMError(f"the replay no longer follows {self.path}: that ends after {self.position} exchanges")
         record, self.position = self.records[self.position], self.position + 1
         if asked != record["prompt"]:
             pairs = zip((asked + "\n").splitlines(), (record["prompt"] + "\n").splitlines())
             now, then = next((pair for pair in pairs if pair[0] != pair[1]), ("(another length)", "(another length)"))
-            raise LLMError(f"the replay has departed from {self.path} in exchange {self.position}: the question reads "
+            raise LLMError(f"the replay no longer follows {self.path} in exchange {self.position}: the question reads "
                            f"{now.strip()[:80]!r}, in the transcript {then.strip()[:80]!r}")
         if "error" in record:
             raise LLMError(record["error"])
@@ -316,7 +317,7 @@ def choose_backend(kind: str, model: str | None) -> tuple[Callable, str]:
     raise LLMError(f"unknown --llm {kind}: choose auto, chat, offline, manual or replay:FILE")
 
 
-def read_code(text):
+def read_code(text: str) -> str:
     """The code of an answer: its last fenced block with a function in it, else what starts with `def`."""
     blocks = [block for block in re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, flags=re.DOTALL) if "def " in block]
     if blocks:
@@ -330,7 +331,7 @@ def read_code(text):
     return "\n".join(lines[start:end]).strip() + "\n"
 
 
-def read_ranking(text, count):
+def read_ranking(text: str, count: int) -> list[list[int]]:
     """A ranking of the labels 1..count, best first: list of groups of equals, such as [[3], [1, 2], [4]].
 
     Takes what follows the last "RANKING:" (or the last line that looks like a ranking): a chain such as
@@ -365,7 +366,7 @@ def read_ranking(text, count):
     return groups
 
 
-def read_analysis(text, params):
+def read_analysis(text: str, params: dict[str, float]) -> tuple[str, dict[str, float]]:
     """(what blocks the skill, new values by name) from the last JSON object with "params" in an answer.
 
     params: dict of the present values. Raises UnusableReply for unknown names, non-numbers, and signs that a

@@ -178,5 +178,5 @@ def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = 
         print(f"episode {episode}: {'success' if info['success'] else 'no success'}", flush=True)
     env.close()
     if gif:
-        pictures = [picture.resize((240, 240)) for picture in pictures[::2]]
+        pictures = [picture.resize((240, 240)).quantize(64) for picture in pictures[::2]]       # a few hundred kilobytes
         pictures[0].save(gif, save_all=True, append_images=pictures[1:], duration=100, loop=0)

@@ -229,7 +229,7 @@ def test_success_stays_when_the_hand_lets_go_and_is_lost_when_a_limit_breaks_lat
     env.close()
 
 
-def test_touch_is_spoilt_by_more_than_two_newtons():
+def test_a_touch_of_more_than_two_newtons_fails():
     env = PandaEnv("touch")
 
     def press(t):

@@ -426,7 +426,7 @@ def test_replay_gives_the_same_answers_and_says_where_it_departs(tmp_path):
     assert again.ask("rank", "rank these", lambda text: read_ranking(text, 2)) == ranking == [[2], [1]]
     with pytest.raises(LLMError, match="ends after 2 exchanges"):
         again.ask("analyse", "what blocks?", str)
-    with pytest.raises(LLMError, match="departed .* exchange 1: the question reads 'rank those'"):
+    with pytest.raises(LLMError, match="no longer follows .* exchange 1: the question reads 'rank those'"):
         LLM(Replay(path), lambda exchange: None).ask("rank", "rank those", str)
     path.write_text("not json")
     with pytest.raises(LLMError, match="not a transcript"):
