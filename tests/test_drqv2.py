@@ -1,15 +1,17 @@
 """The buffer against examples written out and against a naive one; the agent against what DrQ-v2 promises."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
-from drqv2 import DrQV2, ReplayBuffer, linear_schedule, random_shift, truncated_normal
+from drqv2 import DrQV2, Encoder, ReplayBuffer, linear_schedule, random_shift, truncated_normal
 
 
-def fill(buffer, lengths, terminated=False, rng=None):
+def fill(buffer, lengths, terminated=False, first=0):
     """Episodes whose observation is (episode, step) and whose reward is 10 · episode + step."""
-    for episode, length in enumerate(lengths):
+    for episode, length in enumerate(lengths, first):
         buffer.begin(np.array([episode, 0.0]))
         for t in range(length):
             done = t == length - 1
@@ -43,21 +45,38 @@ def test_sampling_is_uniform_over_transitions():
 
 
 def test_ring_agrees_with_a_naive_buffer():
+    # After each of many episodes, so that the ring's oldest row has been every row of an episode.
     rng = np.random.default_rng(0)
     buffer = ReplayBuffer(37, (2,), (1,), n_features=2, nstep=3, discount=0.9)
-    lengths = rng.integers(1, 12, 60)
-    fill(buffer, lengths)
-    rows = [(e, t, n) for e, n in enumerate(lengths) for t in range(n + 1)]          # a row per observation
-    kept = {(e, t) for e, t, n in rows[-37:] if t < n}
-    assert len(buffer) == len(kept)
-    seen = set()
-    for o, _, r, d, n in zip(*buffer.sample(2000)):
-        e, t = int(o[0]), int(o[1])
-        m = min(3, lengths[e] - t)
-        assert r == pytest.approx(sum(0.9 ** k * (10 * e + t + k) for k in range(m)))
-        assert d == pytest.approx(0.9 ** m) and tuple(n) == (e, t + m)
-        seen.add((e, t))
-    assert seen == kept
+    rows, lengths, ends = [], [], []                                # a row per observation: (episode, step)
+    for episode in range(60):
+        lengths.append(int(rng.integers(1, 12)))
+        ends.append(bool(rng.random() < 0.5))                        # terminated, or else out of time
+        fill(buffer, lengths[-1:], ends[-1], first=episode)
+        rows += [(episode, t) for t in range(lengths[-1] + 1)]
+        kept = {(e, t) for e, t in rows[-37:] if t < lengths[e]}
+        assert len(buffer) == len(kept)
+        obs, _, reward, discount, next_obs = buffer.sample(600)
+        starts = [(int(e), int(t)) for e, t in obs]
+        assert set(starts) == kept
+        steps = [min(3, lengths[e] - t) for e, t in starts]
+        np.testing.assert_array_equal(next_obs, [(e, t + m) for (e, t), m in zip(starts, steps)])
+        np.testing.assert_allclose(reward, [sum(0.9 ** k * (10 * e + t + k) for k in range(m))
+                                            for (e, t), m in zip(starts, steps)])
+        np.testing.assert_allclose(discount, [0 if ends[e] and t + m == lengths[e] else 0.9 ** m
+                                              for (e, t), m in zip(starts, steps)])
+        # Episodes are shown whole or not at all.
+        whole = [e for e in range(episode + 1) if (e, 0) in rows[-37:]]
+        for features, e in zip(buffer.episodes(), whole, strict=True):
+            np.testing.assert_array_equal(features, [(e, t) for t in range(lengths[e])])
+
+
+def test_the_longest_episode_fills_the_buffer():
+    buffer = ReplayBuffer(9, (2,), (1,), n_features=2, nstep=1)
+    fill(buffer, [8])                                                # and its last observation
+    assert len(buffer) == 8
+    with pytest.raises(ValueError, match="raise capacity"):
+        fill(buffer, [9])
 
 
 def test_open_episode_is_not_sampled_and_overwrites_safely():
@@ -112,18 +131,35 @@ def test_relabel_changes_every_reward_and_nothing_else():
     np.testing.assert_array_equal(episodes[1], [[1, t] for t in range(6)])
 
 
-def test_random_shift_is_one_of_the_integer_shifts_and_keeps_channels_together():
-    image = torch.rand(1, 3, 12, 12)
-    padded = torch.nn.functional.pad(image, (4,) * 4, mode="replicate")
-    shifts = [padded[:, :, i:i + 12, j:j + 12] for i in range(9) for j in range(9)]
-    seen = set()
-    for shifted in random_shift(image.repeat(300, 1, 1, 1), pad=4).split(1):
-        errors = [float((shifted - s).abs().max()) for s in shifts]
-        assert min(errors) < 1e-4
-        seen.add(int(np.argmin(errors)))
-    assert len(seen) > 60
+def shifted(images):
+    """The paper's shift, without interpolation: a window at a random place of the image, its edges repeated by 4."""
+    size, padded = images.shape[-1], np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="edge")
+    corners = torch.randint(0, 9, (len(images), 1, 1, 2)).reshape(-1, 2).tolist()
+    return torch.as_tensor(np.stack([image[:, y:y + size, x:x + size] for image, (x, y) in zip(padded, corners)]))
+
+
+def test_random_shift_moves_each_image_by_whole_pixels_and_keeps_channels_together():
+    images = torch.rand(8, 3, 84, 84, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    got = random_shift(images)
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, shifted(images), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="square"):
         random_shift(torch.zeros(1, 3, 12, 10))
+
+
+@pytest.mark.parametrize("pad", [2, 4])
+def test_random_shifts_are_equally_likely(pad):
+    # The pixels of the image are numbered, so the first one tells the shift.
+    torch.manual_seed(0)
+    image, n = torch.arange(144.0).reshape(1, 1, 12, 12), 2 * pad + 1
+    padded = torch.nn.functional.pad(image, (pad,) * 4, mode="replicate")[0, 0]
+    windows = torch.stack([padded[i:i + 12, j:j + 12] for i in range(n) for j in range(n)]).flatten(1)
+    got = random_shift(image.repeat(100 * n * n, 1, 1, 1), pad).flatten(1)
+    distance, which = torch.cdist(got, windows, p=float("inf")).min(dim=1)
+    assert distance.max() < 1e-2
+    counts = torch.bincount(which, minlength=n * n)
+    assert counts.min() > 50 and counts.max() < 150
 
 
 def test_truncated_normal_stays_inside_and_passes_gradients():
@@ -210,43 +246,102 @@ def batch_of(rng, size=16, obs=3, actions=2):
             rng.uniform(0, 1, size), rng.standard_normal((size, obs)))
 
 
-@pytest.mark.parametrize("saturation", [0.0, 0.3])
-def test_updates_are_the_published_equations_and_the_penalty_is_the_only_other_term(saturation):
+def encoded(p, obs):
+    """Four 3×3 convolutions, written as sums over patches; states are what they are."""
+    if obs.dim() == 2:
+        return obs
+    x = obs / 255 - 0.5
+    for layer, stride in ((0, 2), (2, 1), (4, 1), (6, 1)):
+        patches = x.unfold(2, 3, stride).unfold(3, 3, stride)
+        x = torch.einsum("bchwij,ocij->bohw", patches, p[f"convnet.{layer}.weight"])
+        x = torch.clamp(x + p[f"convnet.{layer}.bias"][:, None, None], min=0)
+    return x.reshape(len(x), -1)
+
+
+def test_encoder_is_four_convolutions_of_centred_pixels():
     torch.manual_seed(0)
-    lr, tau = 1e-3, 0.1
-    agent = DrQV2((3,), (2,), lr=lr, feature_dim=5, hidden_dim=8, tau=tau, std=(0.4, 0.2, 100), saturation=saturation)
+    encoder = Encoder((9, 84, 84))
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(0.01 * torch.randn_like(p))                       # biases are zero at first
+        images = torch.randint(0, 256, (2, 9, 84, 84)).float()
+        assert encoder(images).shape == (2, 39200)
+        torch.testing.assert_close(encoder(images), encoded(encoder.state_dict(), images), rtol=0, atol=1e-5)
+
+
+def test_weights_start_orthogonal_and_biases_at_zero():
+    torch.manual_seed(0)
+    agent = DrQV2((9, 84, 84), (4,), hidden_dim=64)
+    checked = 0
+    for net in (agent.encoder, agent.actor, agent.critic):
+        for layer in net.modules():
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+                w = layer.weight.flatten(1)
+                gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
+                gain = 2 if isinstance(layer, torch.nn.Conv2d) else 1             # a ReLU's, squared
+                torch.testing.assert_close(gram, gain * torch.eye(len(gram)), rtol=0, atol=1e-4)
+                assert not layer.bias.any()
+                checked += 1
+    assert checked == 4 + 4 + 7
+    for target, critic in zip(agent.critic_target.parameters(), agent.critic.parameters()):
+        assert torch.equal(target, critic)
+
+
+def test_defaults_are_the_papers():
+    # Yarats et al. (2021), table of hyper-parameters and the authors' configuration.
+    agent = {name: p.default for name, p in inspect.signature(DrQV2).parameters.items()}
+    assert [agent[name] for name in ("lr", "feature_dim", "hidden_dim", "tau", "std", "noise_clip", "saturation", "average")] == [
+        1e-4, 50, 1024, 0.01, (1.0, 0.1, 100_000), 0.3, 0.0, 1.0]
+    buffer = {name: p.default for name, p in inspect.signature(ReplayBuffer).parameters.items()}
+    assert buffer["nstep"] == 3 and buffer["discount"] == 0.99
+    assert inspect.signature(random_shift).parameters["pad"].default == 4
+
+
+@pytest.mark.parametrize("obs_shape, saturation", [((3,), 0.0), ((3,), 0.3), ((6, 20, 20), 0.0)])
+def test_updates_are_the_published_equations_and_the_penalty_is_the_only_other_term(obs_shape, saturation):
+    torch.manual_seed(0)
+    lr, tau, pixels = 1e-3, 0.1, len(obs_shape) == 3
+    agent = DrQV2(obs_shape, (2,), lr=lr, feature_dim=5, hidden_dim=8, tau=tau, std=(0.4, 0.2, 100), saturation=saturation)
     with torch.no_grad():
         for p in agent.actor.policy[-1].parameters():
             p.add_(torch.randn_like(p))                              # so that the pre-activations matter
-    actor, critic, target = ({name: p.clone().requires_grad_() for name, p in net.state_dict().items()}
-                             for net in (agent.actor, agent.critic, agent.critic_target))
+    encoder, actor, critic, target = ({name: p.clone().requires_grad_() for name, p in net.state_dict().items()}
+                                      for net in (agent.encoder, agent.actor, agent.critic, agent.critic_target))
+    critic = {**critic, **encoder}                                   # learn from one loss, in one optimiser
     actor_adam, critic_adam = Adam(actor, lr), Adam(critic, lr)
     rng = np.random.default_rng(0)
     for step in range(3):
-        batch = batch_of(rng)
+        batch = list(batch_of(rng))
+        if pixels:
+            batch[0], batch[4] = (rng.integers(0, 256, (16, *obs_shape), dtype=np.uint8) for _ in "on")
         torch.manual_seed(step)
         losses = agent.update(batch, 50)                             # halfway through the schedule: σ = 0.3
         torch.manual_seed(step)
         obs, action, reward, discount, next_obs = (torch.as_tensor(a).float() for a in batch)
+        if pixels:
+            obs, next_obs = shifted(obs), shifted(next_obs)
         # Equation 1: both critics' squared errors from one target.
         with torch.no_grad():
-            next_action = noisy(torch.tanh(head(actor, "policy", hidden(actor, next_obs))), 0.3)
-            y = reward[:, None] + discount[:, None] * smaller_q(target, next_obs, next_action)
-        both = torch.cat([hidden(critic, obs), action], 1)
+            next_h = encoded(critic, next_obs)
+            next_action = noisy(torch.tanh(head(actor, "policy", hidden(actor, next_h))), 0.3)
+            y = reward[:, None] + discount[:, None] * smaller_q(target, next_h, next_action)
+        h = encoded(critic, obs)
+        both = torch.cat([hidden(critic, h), action], 1)
         q1, q2 = head(critic, "q1", both), head(critic, "q2", both)
         critic_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
         critic_adam.step(critic_loss)
-        # Equation 2: the smaller Q of the critic that has just learnt.
-        u = head(actor, "policy", hidden(actor, obs))
-        actor_loss = -smaller_q(critic, obs, noisy(torch.tanh(u), 0.3)).mean() + saturation * (u ** 2).sum() / u.numel()
+        # Equation 2: the smaller Q of the critic that has just learnt, of what the encoder saw before.
+        h = h.detach()
+        u = head(actor, "policy", hidden(actor, h))
+        actor_loss = -smaller_q(critic, h, noisy(torch.tanh(u), 0.3)).mean() + saturation * (u ** 2).sum() / u.numel()
         actor_adam.step(actor_loss)
         for name in target:
             target[name] = ((1 - tau) * target[name] + tau * critic[name]).detach()
         assert losses["critic_loss"] == pytest.approx(critic_loss.item(), abs=1e-5)
         assert losses["actor_loss"] == pytest.approx(actor_loss.item(), abs=1e-5)
         assert losses["q"] == pytest.approx(q1.mean().item(), abs=1e-5)
-    for net, restated in ((agent.actor, actor), (agent.critic, critic), (agent.critic_target, target),
-                          (agent.greedy, actor)):
+    for net, restated in ((agent.encoder, critic), (agent.actor, actor), (agent.critic, critic),
+                          (agent.critic_target, target), (agent.greedy, actor)):
         for name, p in net.state_dict().items():
             torch.testing.assert_close(p, restated[name].detach(), rtol=0, atol=1e-5)
 
