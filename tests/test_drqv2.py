@@ -58,7 +58,7 @@ def test_ring_agrees_with_a_naive_buffer():
         assert len(buffer) == len(kept)
         obs, _, reward, discount, next_obs = buffer.sample(600)
         starts = [(int(e), int(t)) for e, t in obs]
-        assert set(starts) == kept
+        assert set(starts) == kept and len(starts) == 600
         steps = [min(3, lengths[e] - t) for e, t in starts]
         np.testing.assert_array_equal(next_obs, [(e, t + m) for (e, t), m in zip(starts, steps)])
         np.testing.assert_allclose(reward, [sum(0.9 ** k * (10 * e + t + k) for k in range(m))
@@ -122,7 +122,13 @@ def test_relabel_changes_every_reward_and_nothing_else():
     fill(buffer, [4, 6])
     buffer.begin(np.array([2.0, 0.0]))
     buffer.add([0.0], np.array([2.0, 1.0]), 5.0, False, False, [2, 0])
-    buffer.relabel(lambda features: 100 * features[:, 0] + features[:, 1] ** 2)
+    seen = []
+
+    def reward(features):
+        seen.extend(features.tolist())
+        return 100 * features[:, 0] + features[:, 1] ** 2
+    buffer.relabel(reward)
+    assert seen == [[e, t] for e, n in ((0, 4), (1, 6)) for t in range(n)] + [[2, 0]]      # of every step taken, and of no other row
     for o, _, r, _, _ in zip(*buffer.sample(300)):
         assert r == 100 * o[0] + o[1] ** 2
     assert buffer.reward[buffer.rows - 2] == 200                    # also in the episode that is still open

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import BLOCK_FRICTION, BLOCK_MASS, EPISODE_STEPS, FEATURES, TASKS, WORKSPACE, PandaEnv
+from envs import BLOCK_FRICTION, BLOCK_MASS, EPISODE_STEPS, FEATURES, FINGER_FORCE, TASKS, WORKSPACE, PandaEnv
 from questions import task_words
 
 
@@ -126,6 +126,86 @@ def test_a_hand_over_the_block_is_above_it_and_a_hand_behind_it_beside_it(env):
         assert features["hand_beside_block"] == pytest.approx(beside, abs=2e-3)
         assert features["hand_above_block"] == pytest.approx(above, abs=2e-3)
         assert features["hand_to_block"] == pytest.approx(math.hypot(beside, above), abs=2e-3)
+
+
+def pose(task, hand=(0.44, 0.05, 0.04), block=(0.5, 0.02, 0.02), goal=(0.6, -0.1), yaw=0.0, velocity=(0.0, 0.0, 0.0), start=None):
+    """(state, features) of a scene that is put together by hand, without a step of physics; start: the block's, before it moved."""
+    env = PandaEnv(task)
+    env.reset(seed=0, options={"hand": hand, "block": start or block[:2], **({"goal": goal} if task == "push" else {})})
+    env._sim.resetBasePositionAndOrientation(env._block, block, (0, 0, math.sin(yaw / 2), math.cos(yaw / 2)))
+    env._sim.resetBaseVelocity(env._block, velocity)
+    env._observe()
+    state, features = env._state(), env._features()
+    env.close()
+    return state, features
+
+
+def test_a_posed_scene_gives_its_numbers():
+    near = 2e-3                                                      # inverse kinematics stops that near to the wanted place, m
+    state, features = pose("push", yaw=0.2, velocity=(0.1, -0.2, 0.05), block=(0.5, 0.02, 0.02), start=(0.47, -0.02))
+    expected = [20 * -0.06, 20 * 0.05, 20 * -0.06,                   # hand from the middle (0.5, 0, 0.1), in 5 cm
+                20 * 0.06, 20 * -0.03, 20 * -0.02,                   # block minus hand
+                20 * 0.03, 20 * 0.04,                                # block minus its start
+                20 * 0.1, 20 * -0.12,                                # goal minus block
+                0, 0, 0, 0, 0, 0, 0,                                 # opening, target minus hand, the hand's speed
+                1, -2, 0.5,                                          # the block's speed in dm/s
+                math.cos(0.8), math.sin(0.8), 0, 0]                  # four times its yaw; forces
+    np.testing.assert_allclose(state[:11], expected[:11], atol=20 * near)
+    np.testing.assert_allclose(state[11:14], 0, atol=100 * near)
+    np.testing.assert_allclose(state[14:], expected[14:], atol=1e-3)
+    assert features == pytest.approx({
+        "hand_to_block": 0.07, "hand_beside_block": math.hypot(0.06, 0.03), "hand_above_block": 0.02, "hand_height": 0.04,
+        "hand_speed": 0, "contact_force": 0, "block_displacement": 0.05, "block_speed": math.sqrt(0.0525),
+        "block_to_goal": math.hypot(0.1, 0.12), "push_alignment": features["push_alignment"]}, abs=near)
+    lifted = pose("grasp", block=(0.5, 0.02, 0.09))[1]
+    assert lifted["block_height"] == pytest.approx(0.07) and lifted["gripper_opening"] == pytest.approx(0.08, abs=1e-4)
+    assert pose("grasp", block=(0.5, 0.02, 0.0199))[1]["block_height"] == 0                  # never below the table
+    assert pose("grasp")[0][10] == pytest.approx(20 * 0.08, abs=2e-3)
+
+
+@pytest.mark.parametrize("hand, cosine", [((0.44, 0.02), 1.0), ((0.5, 0.08), 0.0), ((0.56, 0.02), -1.0), ((0.44, 0.08), math.sqrt(0.5))])
+def test_a_push_is_aligned_where_the_block_lies_between_hand_and_goal(hand, cosine):
+    assert pose("push", (*hand, 0.03), goal=(0.6, 0.02))[1]["push_alignment"] == pytest.approx(cosine, abs=0.05)
+
+
+def test_a_block_left_of_the_goal_has_the_goal_on_its_right():
+    # Seen from the robot, whose x points forward, y points left.
+    state = pose("push", block=(0.5, 0.1, 0.02), goal=(0.5, 0.0))[0]
+    assert state[8] == pytest.approx(0, abs=1e-6) and state[9] == pytest.approx(-2)
+
+
+@pytest.mark.parametrize("axis, sign", [(0, 1), (0, -1), (1, 1), (1, -1), (2, 1)])
+def test_a_hand_moves_where_its_action_says_at_the_speed_it_says(axis, sign):
+    env, action = PandaEnv("touch"), np.zeros(4)
+    env.reset(seed=0, options={"hand": (0.5, 0.0, 0.15), "block": (0.5, 0.1)})
+    action[axis] = sign
+    places, told = [], []
+    for _ in range(12):
+        obs, _, _, _, info = env.step(action)
+        places.append(env._hand.copy())
+        told.append((obs[14:17] / 10, info["features"]["hand_speed"]))
+    moved = (places[-1] - places[3]) / (8 * 0.05)                    # m/s; within a step the hand slows down
+    velocity, speed = np.mean([v for v, _ in told[4:]], axis=0), np.mean([s for _, s in told[4:]])
+    assert 0.1 < sign * moved[axis] < 0.35
+    assert velocity[axis] == pytest.approx(moved[axis], rel=0.3) and speed == pytest.approx(abs(moved[axis]), rel=0.3)
+    assert np.abs(np.delete(velocity, axis)).max() < 0.05
+    np.testing.assert_allclose(obs[11:14], 100 * (env._target - env._hand), atol=1e-4)       # cm
+    assert sign * obs[11 + axis] > 0.1                              # the target leads
+    env.close()
+
+
+def test_forces_are_those_of_the_fingers_and_of_all_that_touches():
+    env = PandaEnv("grasp")
+    obs = env.reset(seed=0, options={"hand": (0.5, 0.02, 0.02), "block": (0.5, 0.02)})[0]
+    assert not obs[22:].any()
+    for _ in range(15):
+        obs, _, _, _, info = env.step([0, 0, 0, -1])
+    left, right = np.expm1(obs[22:]) / 10                            # N
+    f = info["features"]
+    assert min(left, right) == pytest.approx(f["grip_force"], rel=1e-3) and 0.5 < f["grip_force"] < 1.2 * FINGER_FORCE
+    assert left + right == pytest.approx(f["contact_force"], rel=1e-3)     # nothing but the fingers touches it
+    assert left == pytest.approx(right, rel=0.3)                     # a block at rest is pressed from both sides alike
+    env.close()
 
 
 def test_tasks_are_judged_by_what_their_words_say():
