@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Run:
                 sys.exit(f"{folder} is not empty: choose another --out, or delete it")
         except OSError as error:
             sys.exit(f"cannot make the folder {folder}: {error.strerror}; choose another --out")
-        self.steps = settings.get("steps", 0)
+        self.steps, self.measure = settings.get("steps", 0), "sparse return"
         self._row("metrics.csv", "step", "success", "sparse", "return", "critic_loss", "actor_loss", "q")
         self._row("theta.csv", "step", "cause", "name", "value", "low", "high", "rhat", "ess")
         self._write("settings.json", json.dumps(settings, indent=2) + "\n")
@@ -42,6 +43,7 @@ class Run:
 
     def proposed(self, reward, change) -> None:
         """The first reward, with the `Change` that it is."""
+        self.measure = "R_θ(τ)"
         print("\nThe proposed reward R_θ; its defaults are the initial θ:\n")
         print("    " + reward.source.strip().replace("\n", "\n    ") + "\n", flush=True)
         self.theta(reward, change)
@@ -67,7 +69,7 @@ class Run:
         self._write("policy.pt", state.getvalue())
         speed = step / (time.monotonic() - self.started)
         left = time.strftime("%H:%M:%S", time.gmtime((self.steps - step) / speed))
-        print(f"{step:>8,} steps | success {success:>4.0%} {'█' * round(success * 20):·<20} | return {return_:>8.2f} | "
+        print(f"{step:>8,} steps | success {success:>4.0%} {'█' * round(success * 20):·<20} | {self.measure} {return_:>8.2f} | "
               f"{speed:4.0f} steps/s | at most {left} left", flush=True)
 
     def exchange(self, exchange: dict) -> None:
@@ -122,26 +124,29 @@ class Run:
 def print_ranking(ranking, returns, wrong, pairs):
     """ranking: groups of equals. returns: (K,) R_θ of the same trajectories. wrong: (M,) which pairs R_θ orders otherwise."""
     print(f"\n  Ranking {len(returns)} trajectories, best first")
-    print("    LLM     " + " > ".join(" = ".join(str(i + 1) for i in group) for group in ranking))
-    print("    reward  " + " > ".join(str(i + 1) for i in np.argsort(-returns, kind="stable")))
-    print(f"  The LLM orders {len(pairs):,} pairs, and R_θ orders {wrong.sum() / max(1, len(pairs)):.0%} of them otherwise.", flush=True)
+    for who, groups in (("LLM", ranking), ("R_θ", [[i] for i in np.argsort(-returns, kind="stable")])):
+        order = " > ".join(" = ".join(str(i + 1) for i in group) for group in groups)
+        print(textwrap.fill(order, 100, initial_indent=f"    {who}  ", subsequent_indent=9 * " "))
+    print(f"  The LLM orders {len(pairs):,} pairs, and R_θ orders {wrong.sum() / max(1, len(pairs)):.0%} of them otherwise.",
+          flush=True)
 
 
-def print_posterior(posterior, before, after, gain, verdict):
+def print_posterior(posterior, before, after, gain, refused):
+    """gain: share of all pairs ranked that `after` orders rightly and `before` does not. refused: why `after` is not taken."""
     chains, draws, _ = posterior.samples.shape
     print(f"\n  Metropolis-Hastings, {chains} chains of {draws:,} draws: acceptance {posterior.acceptance:.2f}, "
           f"R-hat up to {posterior.rhat.max():.3f}, effective sample size from {posterior.ess.min():.0f}")
-    print(f"    {'θ':<20} {'before':>10} {'after':>10}   90 % interval")
+    print(f"    {'θ':<20} {'before':>10} {'refused' if refused else 'after':>10}   90 % interval")
     for name, low, high in zip(after, *posterior.interval(0.9)):
         print(f"    {name:<20} {before[name]:>10.4g} {after[name]:>10.4g}   {low:.3g} to {high:.3g}")
-    print(f"  Of the pairs ranked so far it orders {100 * gain:+.1f} % points more rightly{verdict}.\n", flush=True)
+    print(f"  Of all pairs ranked so far, {100 * abs(gain):.1f} % points {'more' if gain >= 0 else 'fewer'} agree with it"
+          + (f"; not taken: {refused}." if refused else "."), flush=True)
 
 
 def print_analysis(blocked_by, before, params):
     print(f"\n  Asked what blocks the skill, the LLM says: {blocked_by}" + ("" if params else "\n  It changes nothing."))
     for name, value in params.items():
         print(f"    {name:<20} {before[name]:>10.4g} {value:>10.4g}")
-    print(flush=True)
 
 
 def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = None, gif: str | None = None) -> None:

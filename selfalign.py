@@ -75,11 +75,17 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
             else, where the skill fails:   θ ← the LLM says what blocks it            new_theta, analyse_failure
             relabel the whole replay buffer with the new R_θ                          RTheta.change, ReplayBuffer.relabel
 
-    make_env: makes an environment with Gymnasium's signatures, actions in [-1, 1] and, in `info`, `features` (a dict of floats,
-    in the order of task.features) and `success` (bool: fulfilled by now). task: an envs.Task, or anything with its fields.
-    method: "selfalign"; "fixed" keeps the first R_θ; "sparse" trains on the environment's own reward.
-    proposal: a file with the first reward, instead of asking for one. Raises LLMError without a usable first reward.
+    make_env: makes an environment with Gymnasium's signatures, actions in [-1, 1] and, in `info`, `features` (a dict of
+    floats, in the order of task.features) and `success` (bool: fulfilled by now; what counts is the last step's).
+    task: an envs.Task, or anything with its fields. method: "selfalign"; "fixed" keeps the first R_θ; "sparse" trains on
+    the environment's own reward. proposal: a file with the first reward, instead of asking for one.
+
+    Raises LLMError without a usable first reward: an answer that cannot be used goes back to the LLM with the reason, up to
+    llm.ATTEMPTS times. A ranking that fails in the same way is skipped, an analysis too. Raises ValueError for episodes so long
+    that hardly any fits between two updates of θ.
     """
+    if 4 * task.horizon > UPDATE_EVERY:
+        raise ValueError(f"episodes of {task.horizon} steps are too long: at least 4 must fit into UPDATE_EVERY = {UPDATE_EVERY}")
     env, eval_env = make_env(), make_env()
     obs_space, action_shape = env.observation_space, env.action_space.shape
     kind = "pixels" if len(obs_space.shape) == 3 else "state"
@@ -140,7 +146,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
         change = new_theta(llm, task, r_theta.reward, history, ranking, age, step, rank_rng)
         if change:
             history.changes.append(change)
-            r_theta.change(change.theta, episodes[-(UPDATE_EVERY // task.horizon // 2):])
+            r_theta.change(change.theta, episodes[-(UPDATE_EVERY // task.horizon // 2):])       # the last half period's
             buffer.relabel(r_theta)
             run.theta(r_theta.reward, change)
     return None
@@ -164,7 +170,7 @@ class RTheta:
         return np.nan_to_num((total - self.centre) / self.scale, nan=0.0, posinf=0.0, neginf=0.0)
 
     def change(self, theta: dict[str, float], episodes: list[np.ndarray]) -> None:
-        """A new θ, at the level that rewards had on `episodes`, the last ones lived."""
+        """A new θ; centre and scale keep the mean and the spread that rewards had on `episodes`, the last ones lived."""
         features = self.reward.named(np.concatenate(episodes))
         old, new = self.reward.total(features, self.theta), self.reward.total(features, theta)
         self.theta, (self.centre, self.scale) = theta, match_level(old, new, self.centre, self.scale)
@@ -219,6 +225,7 @@ def evaluate(agent: DrQV2, env, r_theta: RTheta | None) -> tuple[float, float, f
 
 
 def last_period(successes):
+    """The success rates of the period's evaluations so far."""
     return successes[-(UPDATE_EVERY // EVAL_EVERY):]
 
 
@@ -235,20 +242,25 @@ def nearly_learnt(successes: list[float]) -> bool:
 def choose_trajectories(episodes, r_theta, horizon, rng):
     """T: K of `episodes`, shuffled; the age of each, counted in periods; and its index.
 
-    episodes: (steps, F) arrays, oldest first, of about `horizon` steps. A quarter of T are the last period's newest, which show
-    what the policy has come to do, and a quarter those that were the newest one period before, so that the LLM sees whether
-    the last θ made the robot better or worse. The others are drawn evenly from the last period in order of R_θ. In the first
-    period, these make up the quarter that is missing.
+    episodes: (steps, F) arrays, oldest first, of about `horizon` steps. A quarter of T come from the newest quarter of the last
+    period, and show what the policy has come to do; a quarter come from the newest quarter of the period before, so that the
+    LLM sees whether the last θ made the robot better or worse. The others are drawn evenly from the rest of the last period
+    in order of R_θ. In the first period, these make up the quarter that is missing. Where a period has fewer episodes than
+    that, T is smaller.
     """
     period = UPDATE_EVERY // horizon
     end, quarter = len(episodes), RANKED // 4
-    last = np.arange(max(0, end - period), end)
-    # Odd places of the newest, even ones a period later: no pair of trajectories is ranked twice.
-    newest = [np.linspace(stop - period // 4, stop - 1, 2 * quarter).round().astype(int)[odd::2]
+
+    def evenly(places, count):
+        return places[np.unique(np.linspace(0, len(places) - 1, count).round().astype(int))]
+
+    # Of K/2 places in the newest quarter, the odd ones are ranked now and the even ones one period later, so that few pairs
+    # of trajectories are ranked twice.
+    newest = [evenly(np.arange(stop - period // 4, stop), 2 * quarter)[odd::2]
               for stop, odd in ((end, 1), (end - period, 0)) if stop >= period // 2]
-    rest = np.setdiff1d(last, np.concatenate(newest))
+    rest = np.setdiff1d(np.arange(max(0, end - period), end), np.concatenate(newest))
     by_return = rest[np.argsort(r_theta.reward.returns([episodes[i] for i in rest])(r_theta.theta))]
-    spread = by_return[np.linspace(0, len(rest) - 1, RANKED - quarter * len(newest)).round().astype(int)]
+    spread = evenly(by_return, RANKED - quarter * len(newest))
     chosen = rng.permutation(np.concatenate([*newest, spread]))
     return [episodes[i] for i in chosen], (end - 1 - chosen) / period, chosen
 
@@ -268,10 +280,11 @@ def discordant(returns: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 def new_theta(llm, task, reward, history, ranking, age, step, rng) -> Change | None:
     """One update of θ, after the ranking of the trajectories that D ends with; None where θ is best left as it is.
 
-    - Where the last change of θ made the robot worse in the LLM's eyes, it is undone.
+    - Where the change of θ one period ago made the robot worse in the LLM's eyes, it is undone: θ and the prior before it
+      come back; policy and D stay.
     - Where the rankings disagree, θ is an estimate from p(θ | D), if the sampler has mixed and it explains D better.
-    - Else, or where hardly anything has succeeded for a whole period, the LLM is asked what blocks the robot, once that
-      has stopped getting better.
+    - Else, or where hardly anything has succeeded for a whole period, the LLM is asked what blocks the robot; in both cases
+      only if its ranking shows that the robot does not get better anyway.
     """
     (T, pairs), now = history.D[-1], history.changes[-1]
     R = reward.returns(T)(now.theta)
@@ -292,6 +305,7 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng) -> Change | N
     stalled = preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER
     if stalled and (change is None or np.mean(last_period(history.successes)) <= FAILS):
         change = unblock(llm, task, reward, history, wrong.sum() / max(1, len(pairs)), change, step)
+    print(flush=True)
     return change
 
 
@@ -312,13 +326,12 @@ def align(reward, history, step, rng) -> Change | None:
     try:
         posterior = sample_theta(reward, now.prior, history.D, rng)
     except SamplerError as error:
-        print(f"  No posterior: {error}", flush=True)
+        print(f"\n  No posterior: {error}", flush=True)
         return None
     theta, gain = estimate(posterior, reward, now, history.D)
-    verdict = ("; not taken: the sampler has NOT mixed" if not posterior.mixed else
-               "; not taken: that is no better" if gain <= GAIN else "")
-    print_posterior(posterior, now.theta, theta, gain, verdict)
-    return None if verdict else Change(step, "posterior", theta, now.prior, posterior)
+    refused = "the sampler has NOT mixed" if not posterior.mixed else "that is no better" if gain <= GAIN else None
+    print_posterior(posterior, now.theta, theta, gain, refused)
+    return None if refused else Change(step, "posterior", theta, now.prior, posterior)
 
 
 def sample_theta(reward, prior, D, rng) -> Posterior:
@@ -340,8 +353,8 @@ def sample_theta(reward, prior, D, rng) -> Posterior:
 def estimate(posterior, reward, now, D):
     """(θ, by how much the share of D's pairs that it explains exceeds that of `now.theta`).
 
-    θ is the posterior's mean. Where thresholds split the posterior into modes, their mean may lie in none of them and
-    explain nothing; then it is the mean of that tenth of the draws which explains D best.
+    θ is the posterior's mean, if that explains more by GAIN. Where thresholds split the posterior into modes, the mean may
+    lie in none of them; then θ is the mean of that tenth of the draws which explains D best, if that explains more.
     """
     rankings = [(reward.returns(T), pairs) for T, pairs in D if len(pairs)]
 
@@ -363,13 +376,17 @@ def estimate(posterior, reward, now, D):
 
 
 def unblock(llm, task, reward, history, wrong, change, step) -> Change | None:
-    """θ with what the LLM's failure analysis changes, on top of `change`; that where it changes nothing or fails."""
+    """θ as the LLM's failure analysis changes it.
+
+    `change` is what the sampler has found in this update, or None; the analysis goes on from there. Where the LLM fails,
+    names nothing or leads back to a θ that the run has had, `change` is returned as it is.
+    """
     changes = history.changes if change is None else [*history.changes, change]
     now = changes[-1]
     try:
         blocked_by, params = analyse_failure(llm, task, reward, history.D[-1][0], wrong, changes, history.evaluations)
-    except LLMError as error:                   # which must not cost what the sampler has found
-        print(f"  No analysis: {error}\n", flush=True)
+    except LLMError as error:
+        print(f"\n  No analysis: {error}", flush=True)
         return change
     print_analysis(blocked_by, now.theta, params)
     theta = {**now.theta, **params}
@@ -433,12 +450,14 @@ def main():
         print(f"\nDone: {task.name} reached {EVAL_EPISODES} of {EVAL_EPISODES} at {steps:,} environment steps, and again "
               f"{EVAL_EVERY:,} steps later." if steps else f"\nNot learnt within {args.steps:,} environment steps.")
     except LLMError as error:
-        sys.exit(f"\nselfalign: {error}\nEvery exchange is in {run.close()}/llm.jsonl.")
+        folder = run.close()
+        sys.exit(f"\nselfalign: {error}" + (f"\nEvery exchange is in {folder}/llm.jsonl." if llm.exchanges else ""))
     except KeyboardInterrupt:
         print("\nStopped.")
     folder = run.close()
     if llm.exchanges:
-        print(f"LLM: {llm.exchanges} exchanges, {llm.prompt_tokens:,} + {llm.completion_tokens:,} tokens, {llm.seconds:.0f} s.")
+        print(f"LLM: {llm.exchanges} exchanges" + (f", {llm.prompt_tokens:,} + {llm.completion_tokens:,} tokens, {llm.seconds:.0f} s."
+                                                   if llm.prompt_tokens else "."))
     if (folder / "policy.pt").exists():
         print(f"Watch it:  python selfalign.py --play {folder}")
 

@@ -131,7 +131,7 @@ def rank(text):
 def analyse(task, text):
     """The answer to prompts/analyse.txt: the mildest change of one parameter after which the blocked stage pays enough."""
     if task not in STAGES:
-        return scripted_analysis("the stand-in has no typical readings for this task", {})
+        return scripted_analysis("no parameter that the stand-in could tell: it has typical readings of touch, grasp and push only", {})
     try:
         reward = Reward(read_code(text), list(STAGES[task][0]))
     except (RewardError, ValueError) as error:

@@ -162,6 +162,20 @@ def test_lasting_faults_fail_at_once_and_name_the_cure(ask, status, cure):
     assert len(server.requests) == 1 and not waits and "[key]" in str(result)
 
 
+@pytest.mark.parametrize("body, words", [
+    (b"\xff\xfe broken", "broken"), ('{"error": {"message": "no such model"}}', "400: no such model"),
+    ('{"error": "no such model"}', "400: no such model"), ('{"error": {"code": 5}}', "'code': 5"), ("[]", "400: []"), ("", "(empty)")])
+def test_what_an_error_page_says_is_quoted(ask, body, words):
+    result, *_ = ask(http(body, "400 Bad Request"))
+    assert isinstance(result, LLMError) and words in str(result)
+
+
+def test_tokens_that_are_no_numbers_count_as_none(ask):
+    reply = {"choices": [{"message": {"content": "RANKING: 1"}}], "usage": {"prompt_tokens": "many", "completion_tokens": 7}}
+    assert ask(http(json.dumps(reply)))[3][0]["prompt_tokens"] == 0
+    assert ask(http(json.dumps({**reply, "usage": None})))[3][0]["completion_tokens"] == 0
+
+
 def test_refused_connection_and_a_wrong_address(ask):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

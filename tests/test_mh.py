@@ -123,6 +123,38 @@ def test_every_rung_has_its_own_target():
     assert (draws[:-1, :, 1:] == draws[1:, :, :-1]).all(axis=-1).any(axis=(1, 2)).all()
 
 
+def test_simulation_based_calibration():
+    """Where θ comes from the prior and preferences from θ, θ is one more draw of the posterior: its rank among these is
+    uniform (Talts et al., 2018), and so is that of its likelihood, which tells a target that is too flat or too steep
+    (Modrák et al., 2023). Each chain has a data set of its own: two weights and a threshold behind ten returns.
+    """
+    rng, n = np.random.default_rng(0), 1500
+    near, force = rng.uniform(0, 4, (n, 10)), np.exp(rng.normal(0, 1, (n, 10, 5)))
+    better, worse = np.triu_indices(10, 1)
+
+    def margins(z):
+        theta = np.exp(0.7 * z)
+        counts = (force > theta[:, 2, None, None]).sum(axis=-1)
+        returns = theta[:, :1] * near + 0.5 * theta[:, 1:2] * counts
+        return 0.9 * (returns[:, better] - returns[:, worse])
+
+    truth = rng.standard_normal((n, 3))
+    sign = np.where(rng.random((n, 45)) < 1 / (1 + np.exp(-margins(truth))), 1.0, -1.0)
+
+    def log_likelihood(z):
+        return -np.logaddexp(0, -sign * margins(z)).sum(axis=-1)
+
+    draws, _ = metropolis_hastings(log_likelihood, lambda z: -0.5 * (z ** 2).sum(axis=-1), rng.standard_normal((3, n, 3)), 300, 300, rng)
+    kept = draws[0, :, ::15]
+    ranks = list((kept < truth[:, None]).mean(axis=1).T)
+    likelihoods = np.stack([log_likelihood(z) for z in kept.transpose(1, 0, 2)], axis=1)
+    ranks.append((likelihoods < log_likelihood(truth)[:, None]).mean(axis=1))
+    # In standard errors of a uniform mean. A likelihood to the power of 0.9 gives 3.6 for the last, of 1.15 -6.8.
+    errors = [(rank.mean() - 0.5) / np.sqrt(1 / 12 / n) for rank in ranks]
+    assert np.abs(errors).max() < 2.5, errors
+    assert all(np.histogram(rank, 4, (0, 1))[0].min() > 0.8 * n / 4 for rank in ranks)
+
+
 def test_posterior_of_a_threshold():
     # r = 1 where force > θ; one trajectory presses with 0.2 N for 50 steps, the other never, and is preferred less.
     # Then P[θ < 0.2 | D] follows from the prior's mass below 0.2 and two values of the likelihood.

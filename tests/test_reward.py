@@ -203,3 +203,50 @@ def test_functions_are_elementwise_and_numpys():
         result = reward.total({"distance": x})
         assert result.shape == x.shape
         np.testing.assert_array_equal(result, getattr(np, name)(*[x] * arity))
+
+
+def test_returns_agree_with_adding_up_steps():
+    rng = np.random.default_rng(0)
+    reward = Reward("def r(a, b, w=2.0):\n    return {'a': w * a, 'b': -b}", ["b", "a"])
+    taus = [rng.uniform(0, 0.5, (length, 2)) for length in (50, 7, 1)]
+    expected = [sum(3 * a - b for b, a in tau) for tau in taus]
+    np.testing.assert_allclose(reward.returns(taus)({"w": 3.0}), expected)
+    chains = reward.returns(taus)({"w": np.array([[3.0], [0.0]])})
+    np.testing.assert_allclose(chains, [expected, [-tau[:, 0].sum() for tau in taus]])
+
+
+@pytest.mark.parametrize("statement", ["x = y = a", "x, y = a, a", "x += a", "a[0] = 1.0"])
+def test_assignments_are_to_one_plain_name(statement):
+    with pytest.raises(RewardError, match="line 2"):
+        Reward(f"def r(a, w=1.0):\n    {statement}\n    return {{'a': w * a}}", ["a"])
+
+
+@pytest.mark.parametrize("body, reason", [
+    ("x = force", "line 1: the function does not return anything"),
+    ("x = {'a': force}\n    return {'a': w}", "line 2: a dict can only be returned"),
+    ("return {force: w}", "line 2: each key of the returned dict must be a term's name in quotes"),
+    ("return {'a b': w}", "line 2: each key"), ("return {'a': w, 'a': force}", "line 2: term a is returned twice"),
+    ("return w", "line 2: return a dict of named terms"), ("return {}", "line 2: return a dict of named terms"),
+    ("return {'a': w}\n    x = 1", "line 2: return must be the last statement"),
+    ("w = 2.0\n    return {'a': w}", "line 2: w already has a meaning"),
+    ("for i in x: pass", "line 2"), ("return {'a': w * 'x'}", "line 2: 'x' is not a number")])
+def test_bodies_are_checked(body, reason):
+    with pytest.raises(RewardError) as error:
+        Reward(f"def r(force, w=1.0):\n    {body}", FEATURES)
+    assert str(error.value).startswith(reason)
+
+
+@pytest.mark.parametrize("beside", ["print(1)", "with open('x') as f: pass", "x = 1"])
+def test_nothing_stands_beside_the_function(beside):
+    with pytest.raises(RewardError, match="line 1: ") as error:
+        Reward(f"{beside}\ndef r(force, w=1.0):\n    return {{'a': w * force}}", FEATURES)
+    assert "only one function" in str(error.value) or "import" in str(error.value)
+
+
+def test_features_go_by_name_whatever_their_order():
+    reward = Reward("def r(b, a, w=1.0):\n    return {'a': w * a - 10 * b}", ["a", "b"])
+    rows = np.array([[1.0, 2.0], [3.0, 5.0]])
+    named = reward.named(rows)
+    np.testing.assert_array_equal(named["a"], [1, 3])
+    np.testing.assert_array_equal(named["b"], [2, 5])
+    np.testing.assert_array_equal(reward.total(named), [-19, -47])

@@ -1,6 +1,7 @@
 """The whole loop at small size, and what a run leaves behind."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import torch
 
 import questions
 import selfalign
-from envs import TASKS, PandaEnv
+from envs import TASKS, Feature, PandaEnv, Space, Task
 from llm import LLM, Reply, read_code
 from mh import Posterior, preference_loss, sample_posterior
 from reward import Reward
+from run import Run
 from standin import StandIn
 
 ROOT = Path(__file__).parent.parent
@@ -358,6 +360,150 @@ def test_a_new_theta_keeps_the_level_of_rewards():
     assert selfalign.match_level(old, np.full(1000, np.nan), 4.0, 0.5) == (4.0, 0.5)
 
 
+class Line:
+    """An environment of its own: features are (episode, step, action), the observation is where training or evaluation is."""
+
+    action_space, observation_space = Space(-1.0, 1.0, (1,), np.float32), Space(0.0, 99.0, (3,), np.float32)
+    made = []
+
+    def __init__(self):
+        self.episode, self.number = -1, len(Line.made)
+        Line.made.append(self)
+
+    def reset(self, seed=None, options=None):
+        self.episode, self.t = self.episode + 1, 0
+        return self._obs(), {}
+
+    def _obs(self):
+        return np.array([self.number, self.episode, self.t], np.float32)
+
+    def step(self, action):
+        self.t += 1
+        features = {"episode": float(self.episode), "t": float(self.t), "action": float(action[0])}
+        return self._obs(), 0.5, False, self.t == 10, {"features": features, "success": False}
+
+
+LINE = Task("line", "Go on.", {name: Feature("", 0, 100, name) for name in ("episode", "t", "action")}, success=(("t", ">", 99),),
+            steps=1, robot="a dot", dt=1.0, horizon=10)
+
+
+def test_every_line_of_the_algorithm_gets_what_it_should(small, monkeypatch, tmp_path):
+    log, batches, noted = [], [], []
+    Line.made.clear()
+
+    class Agent:
+        std = (1.0, 0.1, 500)
+
+        def __init__(self, obs_shape, action_shape, device, **settings):
+            assert (obs_shape, action_shape, device) == ((3,), (1,), "cpu")
+
+        def act(self, obs, step, explore=True):
+            log.append(("act" if explore else "evaluate", *obs.astype(int).tolist(), step))
+            return np.array([0.25], np.float32)
+
+        def update(self, batch, step):
+            batches.append((batch, step))
+            return {"critic_loss": 0.0, "actor_loss": 0.0, "q": 0.0}
+
+        def state_dict(self):
+            return {}
+
+    def rank_attempts(llm, task, T):
+        noted.append(("rank", [tau.copy() for tau in T]))
+        return [[2], [0, 1], [3]]
+
+    def new_theta(llm, task, reward, history, ranking, age, step, rng):
+        noted.append(("new_theta", step, history.D[-1], ranking, age, list(history.evaluations)))
+        return selfalign.Change(step, "posterior", {"w": 3.0}, {"w": 2.0}) if step == 300 else None
+    monkeypatch.setattr(selfalign, "DrQV2", Agent)
+    monkeypatch.setattr(selfalign, "rank_attempts", rank_attempts)
+    monkeypatch.setattr(selfalign, "new_theta", new_theta)
+    (tmp_path / "r.py").write_text("def r(t, action, w=2.0):\n    return {'a': w * t + action}\n")
+    run = Run(tmp_path / "line", {"steps": 700})
+    llm = LLM(StandIn(), run.exchange)
+    assert selfalign.train(Line, LINE, llm, run, steps=700, proposal=str(tmp_path / "r.py")) is None
+    env, eval_env = Line.made
+
+    # Random actions for 100 steps, then the agent's, each for the observation that the training environment showed last.
+    acts = [entry[1:] for entry in log if entry[0] == "act"]
+    assert [(e, t) for _, e, t, _ in acts] == [(n // 10, n % 10) for n in range(100, 700)]
+    assert {number for number, *_ in acts} == {env.number}
+    features = np.concatenate(run.buffer.episodes())
+    np.testing.assert_array_equal(features[:, :2], [(n // 10, n % 10 + 1) for n in range(700)])
+    assert (features[100:, 2] == 0.25).all() and features[:100, 2].std() > 0.4
+
+    # At 300 nothing has ever succeeded: exploration starts again from the middle of its 500 steps, and so at 600.
+    assert [step for *_, step in acts] == [*range(101, 301), *range(251, 551), *range(251, 351)]
+    # One update every second step, with the same step, from batches of observation, action, reward, discount and what came next.
+    assert [step for _, step in batches] == [*range(102, 301, 2), *range(252, 551, 2), *range(252, 351, 2)]
+    tried = selfalign.random_features(Line())
+    centre = (2.0 * tried[:, 1] + tried[:, 2]).mean()
+    for number, ((obs, action, reward, discount, next_obs), _) in enumerate(batches):
+        assert obs.shape == next_obs.shape == (16, 3) and action.shape == (16, 1)
+        newest = 102 + 2 * number
+        assert (obs[:, 1] * 10 + obs[:, 2]).max() < newest
+        if newest <= 300:                                            # three steps of r_θ, fewer at the end of an episode
+            for (_, e, t), a, r, d, (_, e2, t2) in zip(obs, action, reward, discount, next_obs):
+                m = int(t2 - t)
+                assert e2 == e and m == min(3, 10 - t) and d == pytest.approx(LINE.discount ** m)
+                acted = features[int(e * 10 + t):][:m]
+                assert a == pytest.approx(acted[0, 2])
+                assert r == pytest.approx(sum(LINE.discount ** k * (2 * f[1] + f[2] - centre) for k, f in enumerate(acted)), abs=1e-4)
+
+    # Evaluations every 200 steps, in an environment of their own, without noise; each two episodes of it.
+    evaluations = [entry[1:] for entry in log if entry[0] == "evaluate"]
+    assert {number for number, *_ in evaluations} == {eval_env.number} and len(evaluations) == 3 * 2 * 10
+
+    # T: four trajectories that were lived, ranked in the order in which D stores them, with their ages in periods of 30 episodes.
+    assert [name for name, *_ in noted] == ["rank", "new_theta"] * 2
+    for (_, shown), (_, step, (T, pairs), ranking, age, evaluated) in zip(noted[::2], noted[1::2]):
+        assert step in (300, 600) and ranking == [[2], [0, 1], [3]] and len(T) == 4
+        assert sorted(map(tuple, pairs.tolist())) == [(0, 3), (1, 3), (2, 0), (2, 1), (2, 3)]
+        for tau, told, old in zip(T, shown, age):
+            np.testing.assert_array_equal(tau, told)
+            np.testing.assert_array_equal(tau, features[int(tau[0, 0]) * 10:][:10])
+            assert old == pytest.approx((step / 10 - 1 - tau[0, 0]) / 30)
+        assert [at for at, _ in evaluated] == [at for at in (200, 400, 600) if at <= step]
+
+    # The buffer's rewards are the new θ's, up to a centre and a scale.
+    acted = np.flatnonzero(run.buffer.acted)
+    stored, lived = run.buffer.reward[acted], run.buffer.features[acted]
+    new = 3 * lived[:, 1] + lived[:, 2]
+    scale, centre = np.polyfit(new, stored, 1)
+    assert scale > 0
+    np.testing.assert_allclose(stored, scale * new + centre, atol=1e-4)
+    assert [row["value"] for row in rows(tmp_path / "line" / "theta.csv")] == ["2", "3"]
+
+
+def test_evaluation_changes_nothing_in_training(small, monkeypatch):
+    runs = []
+    for every in (100, 300):
+        monkeypatch.setattr(selfalign, "EVAL_EVERY", every)
+        monkeypatch.setattr(selfalign, "last_period", lambda successes: [1.0])           # exploration does not start again
+        folder = small("--reward", "fixed", "--task", "push", steps=600)
+        with np.load(folder / "episodes.npz") as episodes:
+            runs.append([episodes[name] for name in episodes.files])
+    for often, seldom in zip(*runs, strict=True):
+        np.testing.assert_array_equal(often, seldom)
+
+
+@pytest.mark.parametrize("horizon", [50, 250, 500, 1000, 2500])
+def test_a_ranking_holds_no_trajectory_twice_and_fewer_where_there_are_fewer(horizon):
+    period, reward = 10_000 // horizon, Reward("def r(x, w=1.0):\n    return {'a': w * x}", ["x"])
+    r_theta = selfalign.RTheta(reward, np.zeros((1, 1)))
+    for end in (period, 2 * period, 3 * period):
+        episodes = [np.full((2, 1), i % 7) for i in range(end)]
+        T, age, chosen = selfalign.choose_trajectories(episodes, r_theta, horizon, np.random.default_rng(0))
+        assert len(T) == len(age) == len(chosen) == len(set(chosen)) and min(48, 0.7 * period) <= len(T) <= 48
+        assert chosen.max() < end and chosen.min() >= max(0, end - 2 * period)
+        assert (age < 0.25).any() and (end == period or (age >= 1).any())
+
+
+def test_episodes_that_are_too_long_are_refused():
+    with pytest.raises(ValueError, match="at least 4"):
+        selfalign.train(Line, dataclasses.replace(LINE, horizon=2501), None, None)
+
+
 def test_a_run_whose_theta_never_changes_is_the_run_of_the_fixed_reward(small, monkeypatch):
     monkeypatch.setattr(selfalign, "new_theta", lambda *args: None)
     assert (small() / "metrics.csv").read_bytes() == (small("--reward", "fixed") / "metrics.csv").read_bytes()
@@ -503,18 +649,6 @@ def test_evaluation_counts_fresh_successful_episodes(monkeypatch):
 
 def trajectories(rng, count=6):
     return [rng.uniform(0, 0.5, (50, len(TASKS["touch"].features))) for _ in range(count)]
-
-
-def test_returns_agree_with_adding_up_steps():
-    rng, names = np.random.default_rng(0), list(TASKS["touch"].features)
-    reward = Reward("def r(hand_to_block, contact_force, w=2.0):\n    return {'a': w * contact_force, 'b': -hand_to_block}",
-                    names)
-    taus = [tau[:length] for tau, length in zip(trajectories(rng, 3), (50, 7, 1))]
-    expected = [sum(3 * f[names.index("contact_force")] - f[names.index("hand_to_block")] for f in tau) for tau in taus]
-    np.testing.assert_allclose(reward.returns(taus)({"w": 3.0}), expected)
-    chains = reward.returns(taus)({"w": np.array([[3.0], [0.0]])})
-    np.testing.assert_allclose(chains[0], expected)
-    assert chains.shape == (2, 3)
 
 
 def test_align_corrects_the_threshold_that_the_paper_corrects():
