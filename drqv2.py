@@ -22,6 +22,7 @@ What differs from the authors' code (github.com/facebookresearch/drqv2):
 
 import copy
 from collections.abc import Callable
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -145,6 +146,9 @@ class DrQV2:
     training. 1 is the actor itself, as published.
     """
 
+    ACTS = ("encoder", "greedy")          # the parts of the greedy policy
+    PARTS = (*ACTS, "actor", "critic", "critic_target", "actor_opt", "critic_opt")
+
     def __init__(self, obs_shape: tuple[int, ...], action_shape: tuple[int], device: str = "cpu", lr: float = 1e-4,
                  feature_dim: int = 50, hidden_dim: int = 1024, tau: float = 0.01, std: tuple = (1.0, 0.1, 100_000),
                  noise_clip: float = 0.3, saturation: float = 0.0, average: float = 1.0):
@@ -211,15 +215,13 @@ class DrQV2:
         return {"critic_loss": critic_loss.item(), "actor_loss": actor_loss.item(), "q": q1.mean().item()}
 
     def state_dict(self) -> dict:
-        """Everything needed to act again, as CPU tensors."""
-        return {name: {key: value.cpu() for key, value in getattr(self, name).state_dict().items()}
-                for name in ("encoder", "actor", "critic", "greedy")}
+        """Everything that learning goes on from: the networks' and the optimisers' states."""
+        return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes what `state_dict` gave; the target critic starts equal to the critic."""
-        for name in ("encoder", "actor", "critic", "greedy"):
+        """Takes what `state_dict` gave to an agent of the same shapes."""
+        for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.critic_target.load_state_dict(state["critic"])
 
 
 class ReplayBuffer:
@@ -233,6 +235,8 @@ class ReplayBuffer:
     With n_features > 0 each transition also keeps that many named numbers, so that `relabel` can recompute every
     reward under a new reward function.
     """
+
+    ROWS = ("obs", "action", "features", "reward", "first", "last", "terminal", "acted", "startable")
 
     def __init__(self, capacity: int, obs_shape: tuple[int, ...], action_shape: tuple[int, ...], n_features: int = 0,
                  obs_dtype=np.float32, frame_stack: int = 1, nstep: int = 3, discount: float = 0.99, seed: int = 0):
@@ -262,7 +266,7 @@ class ReplayBuffer:
 
     def add(self, action: np.ndarray, next_obs: np.ndarray, reward: float, terminated: bool, truncated: bool,
             features=()) -> None:
-        """Appends one transition. Raises ValueError before `begin`, and for an episode longer than the buffer."""
+        """Appends one transition. Raises ValueError unless `begin` has come first, and for an episode longer than the buffer."""
         if self.episode_start is None:
             raise ValueError("call begin(obs) with the episode's first observation before add()")
         row = (self.rows - 1) % self.capacity
@@ -273,6 +277,7 @@ class ReplayBuffer:
             rows = np.arange(self.episode_start, self.rows) % self.capacity
             self.last[rows], self.terminal[rows[-1]] = self.rows - 1, terminated
             self.startable[rows[:-1]] = True
+            self.episode_start = None
 
     def _write(self, obs):
         if self.rows - self.episode_start >= self.capacity:
@@ -325,3 +330,26 @@ class ReplayBuffer:
         firsts = np.unique(self.first[ends])
         firsts = firsts[firsts >= self.rows - self.capacity]
         return [self.features[np.arange(f, self.last[f % self.capacity]) % self.capacity] for f in firsts]
+
+    def save(self, file: BinaryIO, since: int, names: tuple[str, ...] = ROWS) -> int:
+        """Appends the rows `since` and later of all episodes that have ended to a binary file, one array after the other.
+
+        names: of the arrays, ROWS or some of them. Returns the number of the first row that was not saved, for the next time:
+        ended episodes never change, but for `relabel`. Raises ValueError once rows have been overwritten.
+        """
+        end = self.rows if self.episode_start is None else self.episode_start
+        if self.rows > self.capacity:
+            raise ValueError(f"more rows than the buffer's {self.capacity} have been written: raise capacity to save it")
+        for name in names:
+            np.save(file, getattr(self, name)[since:end], allow_pickle=False)
+        return end
+
+    def load(self, file: BinaryIO, since: int, end: int, names: tuple[str, ...] = ROWS) -> None:
+        """Reads back what one `save` wrote, rows `since` to `end` (exclusive); the next episode starts with `begin`.
+
+        Raises ValueError where the file holds something else, or more than fits.
+        """
+        for name in names:
+            rows = np.load(file, allow_pickle=False)
+            getattr(self, name)[since:end] = rows.reshape(end - since, *getattr(self, name).shape[1:])
+        self.rows = max(self.rows, end)

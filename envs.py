@@ -196,7 +196,7 @@ class PandaEnv:
         self.action_space = Space(-1.0, 1.0, (4,), np.float32)
         self.observation_space = (Space(-10.0, 10.0, (24,), np.float32) if obs == "state" else
                                   Space(0, 255, (9, 84, 84), np.uint8))
-        self.rng = np.random.default_rng()
+        self.np_random = np.random.default_rng()
         self.t = EPISODE_STEPS          # step() before reset() is an error
         self._sim = BulletClient(pybullet.GUI if render_mode == "human" else pybullet.DIRECT)
         if not self._sim.isConnected():
@@ -228,7 +228,7 @@ class PandaEnv:
             BLOCK_MASS, self._sim.createCollisionShape(pybullet.GEOM_BOX, halfExtents=box),
             self._sim.createVisualShape(pybullet.GEOM_BOX, halfExtents=box, rgbaColor=(0.9, 0.2, 0.1, 1.0)))
         self._sim.changeDynamics(self._block, -1, lateralFriction=BLOCK_FRICTION)
-        self._has_goal = "goal" in self.task.start(self.rng.uniform)
+        self._has_goal = "goal" in self.task.start(self.np_random.uniform)
         if self._has_goal:   # a flat green disc without collision shape
             self._goal_marker = self._sim.createMultiBody(0, -1, self._sim.createVisualShape(
                 pybullet.GEOM_CYLINDER, radius=0.03, length=0.002, rgbaColor=(0.1, 0.7, 0.2, 1.0)))
@@ -250,8 +250,8 @@ class PandaEnv:
             "goal" (x, y). Raises ValueError for any other key.
         """
         if seed is not None:
-            self.rng = np.random.default_rng(seed)
-        start = self.task.start(self.rng.uniform)
+            self.np_random = np.random.default_rng(seed)
+        start = self.task.start(self.np_random.uniform)
         start = {"goal": start["block"], **start}
         for key in options or {}:
             if key not in start:

@@ -297,6 +297,25 @@ class Replay:
         return Reply(record["reply"], record.get("prompt_tokens", 0), record.get("completion_tokens", 0))
 
 
+class Answered:
+    """A backend in front of another: answers that a run cut short was given after its last checkpoint are not asked for twice."""
+
+    def __init__(self, lines: list[str], backend: Callable[[list[dict]], Reply]):
+        self.records, self.backend = [], backend
+        for line in lines:
+            try:
+                self.records.append(json.loads(line))
+            except ValueError:                       # the line at which the run was cut short
+                break
+
+    def __call__(self, messages: list[dict]) -> Reply:
+        record = self.records.pop(0) if self.records else {}
+        if record.get("prompt") == messages[-1]["content"] and "reply" in record:
+            return Reply(record["reply"], record.get("prompt_tokens", 0), record.get("completion_tokens", 0))
+        self.records = []
+        return self.backend(messages)
+
+
 def choose_backend(kind: str, model: str | None) -> tuple[Callable, str]:
     """(the backend behind --llm, the words that name it on the screen). Raises LLMError for one that cannot be used."""
     chosen = kind

@@ -1,48 +1,236 @@
 """A run beside the algorithm: the folder it leaves, what it shows on the screen, and watching its policy afterwards."""
 
+import contextlib
 import csv
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 import textwrap
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
 
+try:
+    import fcntl
+except ImportError:          # Windows, where nothing keeps two processes apart
+    fcntl = None
+
 from drqv2 import DrQV2
 from envs import PandaEnv
+from reward import Reward
+
+VERSION = 1      # of checkpoints
+
+
+class State:
+    """All that the rest of a run depends on, at the end of an episode.
+
+    agent, r_theta (None where there is none) and history have `state_dict` and `load_state_dict`; the buffer saves itself
+    (see `ReplayBuffer.save`). Of environments it takes Gymnasium's generator, `np_random`, as it was before the episode that
+    has just begun: an environment without one goes on with other episodes than it would have.
+    """
+
+    def __init__(self, agent, buffer, r_theta, history, env, eval_env, *generators):
+        self.step, self.learnt, self.explore_since = 0, False, 0      # exploration's schedule counts from explore_since
+        self.buffer, self.env = buffer, env
+        self.parts = {"agent": agent, "history": history} | ({"r_theta": r_theta} if r_theta else {})
+        self.generators = [*generators, buffer.rng, *filter(None, map(np_random, (eval_env, env)))]
+        self.episode_begins()
+
+    def episode_begins(self) -> None:
+        """Call before the training environment's `reset`."""
+        self.before_reset = np_random(self.env) and np_random(self.env).bit_generator.state
+
+    def state_dict(self) -> dict:
+        generators = [generator.bit_generator.state for generator in self.generators]
+        if self.before_reset:
+            generators[-1] = self.before_reset
+        return {"step": self.step, "learnt": self.learnt, "explore_since": self.explore_since, "generators": generators,
+                "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+                **{name: part.state_dict() for name, part in self.parts.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step, self.learnt, self.explore_since = (state[name] for name in ("step", "learnt", "explore_since"))
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for generator, stands in zip(self.generators, state["generators"], strict=True):
+            generator.bit_generator.state = stands
+        self.episode_begins()
+        torch.set_rng_state(state["torch"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def np_random(env):
+    """Gymnasium's generator of an environment, None where it has none."""
+    return getattr(getattr(env, "unwrapped", env), "np_random", None)
 
 
 class Run:
-    """The folder of a run: settings.json, metrics.csv, theta.csv, llm.jsonl, reward.py, policy.pt, episodes.npz.
+    """The folder of a run: settings.json, metrics.csv, theta.csv, llm.jsonl, reward.py, policy.pt, episodes.npz, and the
+    checkpoint in checkpoint.pt and buffer.bin.
 
     Rows are appended; other files are written beside and moved into place, so that what stood there survives a failure.
-    Each file's content is kept: what cannot be written (a full disk, a folder that is gone) is tried again as a whole with
-    the next row, and goes to the temporary folder at the end. Exits with one line where the folder cannot be made or is
-    not empty.
+    The content of small files is kept: what cannot be written (a full disk, a folder that is gone) is tried again as a whole
+    with the next row, and goes to the temporary folder at the end.
+
+    settings: of a new run, whose folder must be new or empty; None goes on with the run in `folder`, whose checkpoint is in
+    `saved` then (None: it was cut short before its first). Exits with one line where the folder cannot be used.
     """
 
-    def __init__(self, folder: str | Path, settings: dict):
+    def __init__(self, folder: str | Path, settings: dict | None):
         self.folder, self.content, self.failed = Path(folder), {}, set()
-        self.buffer, self.started = None, time.monotonic()      # the replay buffer, once there is one
+        self.state, self.saved, self.answered, self.stopping, self.due = None, None, [], False, False
+        self.pieces, self.rows_saved, self.bytes_saved, self.relabelled = [], 0, 0, False       # of buffer.bin
+        self.started, self.measure = time.monotonic(), "sparse return"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if any(self.folder.iterdir()):
-                sys.exit(f"{folder} is not empty: choose another --out, or delete it")
+            if settings is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if any(self.folder.iterdir()):
+                    sys.exit(f"{folder} is not empty: choose another --out, delete it, or go on with it by --resume {folder}")
+            self._lock()
         except OSError as error:
-            sys.exit(f"cannot make the folder {folder}: {error.strerror}; choose another --out")
-        self.steps, self.measure = settings.get("steps", 0), "sparse return"
+            sys.exit(f"cannot use the folder {folder}: {error.strerror}; " +
+                     ("choose another --out" if settings else "name the folder of a run"))
+        if settings is None:
+            self._open()
+        else:
+            self.settings = settings
+            self._write("settings.json", json.dumps(settings, indent=2) + "\n")
+        self.steps = self.settings.get("steps", 0)
+        if self.saved is None:
+            self._begin()
+
+    def _begin(self):
+        self.content = {"settings.json": self.content["settings.json"]}
+        self._write("metrics.csv", "")
+        self._write("theta.csv", "")
+        self._write("llm.jsonl", "")
         self._row("metrics.csv", "step", "success", "sparse", "return", "critic_loss", "actor_loss", "q")
         self._row("theta.csv", "step", "cause", "name", "value", "low", "high", "rhat", "ess")
+
+    def _lock(self):
+        """Keeps a second process out of the folder, until this one ends, however it ends."""
+        self._held = None
+        if fcntl is None:
+            return
+        self._held = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"another process is at work on {self.folder}: wait until it has ended, or choose another folder")
+
+    def _open(self):
+        """Reads the run in the folder: its settings, its last checkpoint, and which answers the LLM has given since."""
+        try:
+            self.content["settings.json"] = (self.folder / "settings.json").read_bytes()
+            self.settings = json.loads(self.content["settings.json"])
+            asked = (self.folder / "llm.jsonl").read_bytes() if (self.folder / "llm.jsonl").exists() else b""
+            if (self.folder / "checkpoint.pt").exists():
+                # weights_only: numbers, texts and tensors, and no code.
+                self.saved = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+                if self.saved["version"] != VERSION:
+                    raise ValueError(f"checkpoint.pt is of version {self.saved['version']}, this program reads version {VERSION}")
+                if any(self.saved["settings"][name] != self.settings[name] for name in ("task", "reward", "obs", "seed")):
+                    raise ValueError("checkpoint.pt is of other settings than settings.json")
+                self.content.update((name, text.encode()) for name, text in self.saved["files"].items())
+                self.pieces, self.rows_saved, self.bytes_saved = (self.saved[name] for name in ("pieces", "rows", "bytes"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, UnpicklingError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            sys.exit(f"{self.folder} holds no run that can go on: {reason[0][:200]}")
+        begun = self.content.get("llm.jsonl", b"")
+        self.answered = asked[len(begun):].decode(errors="replace").splitlines() if asked.startswith(begun) else []
+
+    def finished(self, steps: int) -> str | None:
+        """Why there is nothing to go on with within `steps`; None where there is."""
+        if self.saved and self.saved["learnt"]:
+            return f"the skill was learnt at {self.saved['step']:,} steps"
+        if self.saved and self.saved["step"] >= steps:
+            return f"it has had its {steps:,} steps; give it more with --steps"
+        return None
+
+    def go_on(self, settings: dict) -> None:
+        """With settings that may allow more steps, or name another LLM."""
+        self.settings, self.steps = settings, settings["steps"]
         self._write("settings.json", json.dumps(settings, indent=2) + "\n")
-        self._write("llm.jsonl", "")
+
+    def stop_on_signals(self) -> None:
+        """From now on Ctrl-C and SIGTERM ask the run to stop at the end of an episode; a second one stops it at once."""
+        def stop(number, frame):
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            print("\nStopping at the end of this episode. Once more stops at once, back at the last checkpoint.", flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+
+    def reward(self, task) -> Reward | None:
+        """The first reward of a run that goes on, if it has one."""
+        return Reward(self.saved["r_theta"]["source"], task.features) if self.saved and "r_theta" in self.saved else None
+
+    def restore(self) -> bool:
+        """Brings `state` to where the run's checkpoint stands; False for a run that has none. Exits where it cannot be read."""
+        if self.saved is None:
+            return False
+        try:
+            self.state.load_state_dict(self.saved)
+            with open(self.folder / "buffer.bin", "rb") as file:
+                for since, end, names in self.pieces:
+                    self.state.buffer.load(file, since, end, tuple(names))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError) as error:
+            sys.exit(f"the checkpoint in {self.folder} is damaged: {str(error).splitlines()[0][:200]}; it cannot go on")
+        for name in ("metrics.csv", "theta.csv"):
+            self._write(name, self.content[name])
+        self.measure = "R_θ(τ)" if "r_theta" in self.saved else self.measure
+        print(f"Going on from the checkpoint at {self.state.step:,} steps.\n", flush=True)
+        return True
+
+    def checkpoint(self) -> None:
+        """Call at the end of an episode: saves `state` after an evaluation, at the end, and when asked to stop.
+
+        The buffer's new rows are appended to buffer.bin; then checkpoint.pt, which says how many of its bytes count, takes
+        the place of the last one, so that a crash leaves the one or the other. Where the disk is full, the last one stays.
+        Raises KeyboardInterrupt when asked to stop.
+        """
+        if not (self.due or self.stopping or self.state.learnt or self.state.step == self.steps):
+            return
+        path, part, pieces = self.folder / "checkpoint.pt", self.folder / "checkpoint.pt.part", list(self.pieces)
+        try:
+            with open(self.folder / "buffer.bin", "r+b" if pieces else "wb") as file:
+                file.truncate(self.bytes_saved)                       # what a crash or a full disk has left half written
+                file.seek(self.bytes_saved)
+                rows = self.state.buffer.save(file, self.rows_saved)
+                pieces.append([self.rows_saved, rows, list(self.state.buffer.ROWS)])
+                if self.relabelled:
+                    self.state.buffer.save(file, 0, ("reward",))
+                    pieces.append([0, rows, ["reward"]])
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            with open(part, "wb") as file:
+                torch.save({"version": VERSION, "settings": self.settings, "pieces": pieces, "rows": rows, "bytes": size,
+                            "files": {name: self.content[name].decode() for name in ("metrics.csv", "theta.csv", "llm.jsonl")},
+                            **self.state.state_dict()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            self.pieces, self.rows_saved, self.bytes_saved, self.relabelled, self.due = pieces, rows, size, False, False
+            self.failed.discard("checkpoint.pt")
+        except (OSError, RuntimeError) as error:                      # torch's own writer raises RuntimeError
+            self._cannot_write(path, part, error)
+        if self.stopping:
+            raise KeyboardInterrupt
 
     def proposed(self, reward, change) -> None:
         """The first reward, with the `Change` that it is."""
+        if self.saved:                                       # a run that goes on has told this already
+            return
         self.measure = "R_θ(τ)"
         print("\nThe proposed reward R_θ; its defaults are the initial θ:\n")
         print("    " + reward.source.strip().replace("\n", "\n    ") + "\n", flush=True)
@@ -55,6 +243,7 @@ class Run:
         rows = [[""] * len(change.theta)] * 4 if posterior is None else [*posterior.interval(0.9), posterior.rhat, posterior.ess]
         for name, value, *rest in zip(change.theta, change.theta.values(), *rows):
             self._row("theta.csv", change.step, change.cause, name, value, *rest)
+        self.relabelled = True
         self._write("reward.py", f"import numpy as np\n\n\n{reward.source_with(change.theta).strip()}\n")
 
     def evaluated(self, step: int, success: float, sparse: float, return_: float, losses: dict, agent) -> None:
@@ -63,10 +252,11 @@ class Run:
         `return` is R_θ with the present θ, so it compares evaluations between two changes of θ only; `sparse`, the sum of
         the sparse reward, compares all of them, between runs too.
         """
+        self.due = True
         self._row("metrics.csv", step, success, sparse, return_, *losses.values())
-        state = io.BytesIO()
-        torch.save(agent.state_dict(), state)
-        self._write("policy.pt", state.getvalue())
+        policy, state = io.BytesIO(), agent.state_dict()
+        torch.save({name: state[name] for name in agent.ACTS}, policy)
+        self._write("policy.pt", policy.getvalue())
         speed = step / (time.monotonic() - self.started)
         left = time.strftime("%H:%M:%S", time.gmtime((self.steps - step) / speed))
         print(f"{step:>8,} steps | success {success:>4.0%} {'█' * round(success * 20):·<20} | {self.measure} {return_:>8.2f} | "
@@ -78,12 +268,15 @@ class Run:
 
     def close(self) -> Path:
         """Writes the features of all episodes, and what could not be written before. Returns the folder with everything."""
-        if self.buffer is not None:
+        if self.state is not None:
             content = io.BytesIO()
-            np.savez_compressed(content, *(episode.astype(np.float32) for episode in self.buffer.episodes()))
+            np.savez_compressed(content, *(episode.astype(np.float32) for episode in self.state.buffer.episodes()))
             self._write("episodes.npz", content.getvalue())
-        for name in list(self.failed):
+        for name in self.failed & set(self.content):
             self._write(name, self.content[name])
+        if self._held is not None:
+            os.close(self._held)                             # another process may go on with the folder now
+            self._held = None
         if not self.failed:
             return self.folder
         rescue = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-"))
@@ -114,11 +307,15 @@ class Run:
                 os.replace(part, path)
             self.failed.discard(name)
         except OSError as error:
+            self._cannot_write(path, part, error)
+
+    def _cannot_write(self, path, part, error):
+        with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-            if name not in self.failed:
-                print(f"\n  Cannot write {path}: {error.strerror}. Training goes on and the file is kept in memory; once that is "
-                      "put right it will be written.\n", file=sys.stderr, flush=True)
-            self.failed.add(name)
+        if path.name not in self.failed:
+            print(f"\n  Cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}. Training goes on, and it "
+                  "is tried again; what cannot be written by the end goes to the temporary folder.\n", file=sys.stderr, flush=True)
+        self.failed.add(path.name)
 
 
 def print_ranking(ranking, returns, wrong, pairs):
@@ -170,7 +367,8 @@ def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = 
         sys.exit("there is no display to open a window on: add --gif FILE or --frames FOLDER to save pictures instead")
     env, pictures = PandaEnv(settings["task"], settings["obs"], render_mode="rgb_array" if frames or gif else "human"), []
     agent = DrQV2(env.observation_space.shape, env.action_space.shape, **agent_settings[settings["obs"]])
-    agent.load_state_dict(state)
+    for name in agent.ACTS:
+        getattr(agent, name).load_state_dict(state[name])
     for episode in range(episodes):
         obs, info = env.reset(seed=episode)
         truncated = False

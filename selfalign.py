@@ -9,6 +9,7 @@ agrees and the skill still fails, the LLM says what blocks it. `train` is the al
 """
 
 import argparse
+import math
 import os
 import sys
 from collections import namedtuple
@@ -20,11 +21,11 @@ import torch
 
 from drqv2 import DrQV2, ReplayBuffer
 from envs import TASKS, PandaEnv
-from llm import LLM, LLMError, choose_backend
+from llm import LLM, Answered, LLMError, choose_backend
 from mh import Posterior, SamplerError, preference_loss, sample_posterior
 from questions import analyse_failure, propose_reward, rank_attempts
 from reward import Reward
-from run import Run, play, print_analysis, print_posterior, print_ranking
+from run import Run, State, play, print_analysis, print_posterior, print_ranking
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ: a period
 EVAL_EVERY = 1_000         # environment steps between two evaluations
@@ -58,6 +59,21 @@ class History:
     @property
     def successes(self) -> list[float]:
         return [success for _, success in self.evaluations]
+
+    def state_dict(self) -> dict:
+        """All of it as plain values and tensors, for a checkpoint."""
+        def plain(posterior):
+            return posterior and {name: torch.as_tensor(value) for name, value in vars(posterior).items()}
+        return {"changes": [[*change[:4], plain(change.posterior)] for change in self.changes],
+                "D": [[[torch.as_tensor(tau) for tau in T], torch.as_tensor(pairs)] for T, pairs in self.D],
+                "evaluations": [list(evaluation) for evaluation in self.evaluations]}
+
+    def load_state_dict(self, state: dict) -> None:
+        def whole(posterior):
+            return posterior and Posterior(**{name: value.numpy()[()] for name, value in posterior.items()})
+        self.changes = [Change(*change, whole(posterior)) for *change, posterior in state["changes"]]
+        self.D = [([tau.numpy() for tau in T], pairs.numpy()) for T, pairs in state["D"]]
+        self.evaluations = [tuple(evaluation) for evaluation in state["evaluations"]]
 
 
 def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: int = 1, steps: int = 60_000,
@@ -95,45 +111,57 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
     agent = DrQV2(obs_space.shape, action_shape, device=device, **AGENT[kind])
     buffer = ReplayBuffer(2 * steps + 2, obs_space.shape, action_shape, n_features=len(task.features), obs_dtype=obs_space.dtype,
                           frame_stack=3 if kind == "pixels" else 1, discount=task.discount, seed=seed)
-    run.buffer, history, explore_since = buffer, History(), 0
+    history, r_theta = History(), None
 
     # R_θ ← the LLM proposes a reward
-    r_theta = None
     if method != "sparse":
         tried = random_features(eval_env)
-        r_theta = RTheta(propose_reward(llm, task, dict(zip(task.features, tried.T)), proposal), tried)
+        first = run.reward(task) or propose_reward(llm, task, dict(zip(task.features, tried.T)), proposal)
+        r_theta = RTheta(first, tried)
         history.changes.append(Change(0, "proposal", r_theta.theta, r_theta.theta))
         run.proposed(r_theta.reward, history.changes[-1])
 
     eval_env.reset(seed=1_000_000 + seed)
     obs, _ = env.reset(seed=seed)
+    # All that the rest of the run depends on; where the run was cut short, it goes on from the last checkpoint.
+    state = run.state = State(agent, buffer, r_theta, history, env, eval_env, rng, rank_rng)
+    if run.restore():
+        obs, _ = env.reset()
     buffer.begin(obs)
-    for step in range(1, steps + 1):
-        # train the DrQ-v2 policy on R_θ
-        action = rng.uniform(-1, 1, action_shape) if step <= EXPLORE_STEPS else agent.act(obs, step - explore_since)
-        obs, sparse_reward, terminated, truncated, info = env.step(action)
-        f_t = np.array(list(info["features"].values()))
-        buffer.add(action, obs, r_theta(f_t) if r_theta else sparse_reward, terminated, truncated, f_t)
-        if terminated or truncated:
-            obs, _ = env.reset()
-            buffer.begin(obs)
-        if step > EXPLORE_STEPS and step % 2 == 0:
-            losses = agent.update(buffer.sample(BATCH[kind]), step - explore_since)
+    step, update_at = state.step, UPDATE_EVERY * max(1, math.ceil(state.step / UPDATE_EVERY))
+    while True:
+        for step in range(step + 1, min(update_at, steps) + 1):
+            # train the DrQ-v2 policy on R_θ
+            action = (rng.uniform(-1, 1, action_shape) if step <= EXPLORE_STEPS else
+                      agent.act(obs, step - state.explore_since))
+            obs, sparse_reward, terminated, truncated, info = env.step(action)
+            f_t = np.array(list(info["features"].values()))
+            buffer.add(action, obs, r_theta(f_t) if r_theta else sparse_reward, terminated, truncated, f_t)
+            if terminated or truncated:
+                state.episode_begins()
+                obs, _ = env.reset()
+                buffer.begin(obs)
+            if step > EXPLORE_STEPS and step % 2 == 0:
+                losses = agent.update(buffer.sample(BATCH[kind]), step - state.explore_since)
 
-        # stop when every evaluation episode succeeds, twice running
-        if step % EVAL_EVERY == 0 and step > EXPLORE_STEPS:
-            success, sparse_return, return_ = evaluate(agent, eval_env, r_theta)
-            history.evaluations.append((step, success))
-            run.evaluated(step, success, sparse_return, return_, losses, agent)
-            if history.successes[-2:] == [1.0, 1.0]:
+            # stop when every evaluation episode succeeds, twice running
+            if step % EVAL_EVERY == 0 and step > EXPLORE_STEPS:
+                success, sparse_return, return_ = evaluate(agent, eval_env, r_theta)
+                history.evaluations.append((step, success))
+                run.evaluated(step, success, sparse_return, return_, losses, agent)
+            state.step, state.learnt = step, history.successes[-2:] == [1.0, 1.0]
+            if terminated or truncated or state.learnt:
+                run.checkpoint()
+            if state.learnt:
                 return step - EVAL_EVERY
+        if step == steps:
+            return None
 
         # every 10,000 environment steps
-        if step % UPDATE_EVERY:
-            continue
+        update_at += UPDATE_EVERY
         if not any(last_period(history.successes)):        # explore anew, from half of the schedule on, whatever the method
-            explore_since = max(explore_since, step - agent.std[2] // 2)
-        if method != "selfalign" or step == steps or nearly_learnt(history.successes):
+            state.explore_since = max(state.explore_since, step - agent.std[2] // 2)
+        if method != "selfalign" or nearly_learnt(history.successes):
             continue
         # T ← K trajectories; rank T by the LLM; D ← D ∪ its pairs
         episodes = buffer.episodes()
@@ -149,7 +177,6 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
             r_theta.change(change.theta, episodes[-(UPDATE_EVERY // task.horizon // 2):])       # the last half period's
             buffer.relabel(r_theta)
             run.theta(r_theta.reward, change)
-    return None
 
 
 class RTheta:
@@ -168,6 +195,12 @@ class RTheta:
         """Of one step, (F,), or of many, (N, F)."""
         total = self.reward.total(dict(zip(self.reward.offered, features.T)), self.theta)
         return np.nan_to_num((total - self.centre) / self.scale, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def state_dict(self) -> dict:
+        return {"source": self.reward.source, "theta": self.theta, "centre": float(self.centre), "scale": self.scale}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.theta, self.centre, self.scale = state["theta"], state["centre"], state["scale"]
 
     def change(self, theta: dict[str, float], episodes: list[np.ndarray]) -> None:
         """A new θ; centre and scale keep the mean and the spread that rewards had on `episodes`, the last ones lived."""
@@ -395,42 +428,65 @@ def unblock(llm, task, reward, history, wrong, change, step) -> Change | None:
     return Change(step, "analysis", theta, {**now.prior, **params}, now.posterior if change else None)
 
 
+DEFAULTS = dict(task="touch", reward="selfalign", obs="state", seed=1, steps=60_000, device="cpu", llm="auto",
+                model=os.environ.get("OPENAI_MODEL"), proposal=None, out=None, resume=None, play=None, gif=None, frames=None, episodes=5)
+
+
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=list(TASKS), default="touch")
-    parser.add_argument("--reward", choices=["selfalign", "fixed", "sparse"], default="selfalign",
-                        help="selfalign: the whole algorithm; fixed: the LLM's first reward; sparse: 1 on success")
-    parser.add_argument("--obs", choices=["state", "pixels"], default="state")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=60_000, help="environment steps at most (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda (default: %(default)s)")
-    parser.add_argument("--llm", default="auto", metavar="auto|chat|offline|manual|replay:FILE",
-                        help="auto: chat where OPENAI_API_KEY or OPENAI_BASE_URL is set, else offline")
-    parser.add_argument("--model", default=os.environ.get("OPENAI_MODEL"), help="the LLM's name at the service")
+    """(every flag with its value, the names of those that were given)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    parser.add_argument("--task", choices=list(TASKS), help="default: touch")
+    parser.add_argument("--reward", choices=["selfalign", "fixed", "sparse"],
+                        help="selfalign: the whole algorithm (default); fixed: the LLM's first reward; sparse: 1 on success")
+    parser.add_argument("--obs", choices=["state", "pixels"], help="default: state")
+    parser.add_argument("--seed", type=int, help="default: 1")
+    parser.add_argument("--steps", type=int, help="environment steps at most (default: 60000)")
+    parser.add_argument("--device", help="torch device, such as cpu (default) or cuda")
+    parser.add_argument("--llm", metavar="auto|chat|offline|manual|replay:FILE",
+                        help="auto (default): chat where OPENAI_API_KEY or OPENAI_BASE_URL is set, else offline")
+    parser.add_argument("--model", help="the LLM's name at the service (default: OPENAI_MODEL of the environment)")
     parser.add_argument("--proposal", metavar="FILE", help="start from the reward in FILE (Python, or Markdown with a code "
                         "block) instead of asking the LLM for one")
     parser.add_argument("--out", help="folder of the run (default: runs/TASK-REWARD-SEED)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in a folder from its last checkpoint; beside it only "
+                        "--steps, --device, --llm and --model can be given")
     parser.add_argument("--play", metavar="RUN", help="show the policy of a run's folder instead of training")
     parser.add_argument("--gif", metavar="FILE", help="with --play: save one moving picture instead of opening a window")
     parser.add_argument("--frames", metavar="FOLDER", help="with --play: save PNG files instead of opening a window")
-    parser.add_argument("--episodes", type=int, default=5, help="with --play: how many (default: %(default)s)")
-    args = parser.parse_args()
-    if args.proposal and args.reward == "sparse":
-        parser.error("--proposal does nothing beside --reward sparse, which has no R_θ: leave one of them out")
-    if args.seed < 0 or args.steps < 1 or args.episodes < 1:
-        parser.error("--seed must be 0 or more, --steps and --episodes 1 or more")
+    parser.add_argument("--episodes", type=int, help="with --play: how many (default: 5)")
+    given = vars(parser.parse_args())
+    args = argparse.Namespace(**{**DEFAULTS, **given})
+    if not (0 <= args.seed < 2 ** 63 and 1 <= args.steps <= 10 ** 8 and args.episodes >= 1):
+        parser.error("--seed must be 0 or more and below 2^63, --steps 1 to 100 million, --episodes 1 or more")
+    for mode, allowed in (("play", {"gif", "frames", "episodes"}), ("resume", {"steps", "device", "llm", "model"})):
+        useless = set(given) - allowed - {mode} if mode in given else set()
+        if useless:
+            parser.error(f"--{min(useless)} does nothing beside --{mode}, which takes it from the run's folder: leave it out")
+    useless = {"gif", "frames", "episodes"} & set(given) if "play" not in given else set()
+    if useless:
+        parser.error(f"--{min(useless)} does nothing without --play RUN: leave it out")
+    if args.reward == "sparse" and {"proposal", "llm", "model"} & set(given):
+        parser.error("--reward sparse has no R_θ and asks no LLM: leave --proposal, --llm and --model out")
     try:
         torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    return args
+    return args, given
 
 
 def main():
-    args = parse_args()
-    sys.stdout.reconfigure(errors="replace")      # θ and █ on a terminal that knows neither
+    args, given = parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")      # θ and █ on a terminal that knows neither
     if args.play:
         return play(args.play, AGENT, args.episodes, args.frames, args.gif)
+    if args.resume:
+        run = Run(args.resume, None)
+        args = argparse.Namespace(**{**vars(args), **run.settings, **given})
+        finished = run.finished(args.steps)
+        if finished:
+            return print(f"{args.resume} is finished: {finished}")
     if args.obs == "state":
         torch.set_num_threads(1)      # networks this small lose time to a second thread
     asks = args.reward == "selfalign" or args.reward == "fixed" and not args.proposal
@@ -438,13 +494,16 @@ def main():
         backend, who = choose_backend(args.llm, args.model) if asks else (None, "none is asked")
     except LLMError as error:
         sys.exit(f"selfalign: {error}")
-    folder = args.out or next(name for name in (f"runs/{args.task}-{args.reward}-{args.seed}{suffix}" for suffix in
-                                                ["", *(f"-{i}" for i in range(2, 10_000))]) if not Path(name).exists())
-    task = TASKS[args.task]
-    run = Run(folder, {name: value for name, value in vars(args).items() if name not in ("play", "gif", "frames", "episodes")})
-    llm = LLM(backend, run.exchange)
+    settings = {name: getattr(args, name) for name in DEFAULTS if name not in ("resume", "play", "gif", "frames", "episodes")}
+    if args.resume:
+        run.go_on(settings)
+    else:
+        run = Run(args.out or next(name for name in (f"runs/{args.task}-{args.reward}-{args.seed}{suffix}" for suffix in
+                                                     ["", *(f"-{i}" for i in range(2, 10_000))]) if not Path(name).exists()), settings)
+    task, llm = TASKS[args.task], LLM(Answered(run.answered, backend), run.exchange)
     print(f"Task: {task.name}. {task.goal}\nReward: {args.reward}, observations: {args.obs}, seed {args.seed}. "
-          f"Everything is kept in {folder}.\nLLM: {who}", flush=True)
+          f"Everything is kept in {run.folder}.\nLLM: {who}", flush=True)
+    run.stop_on_signals()
     try:
         steps = train(lambda: PandaEnv(task, args.obs), task, llm, run, args.reward, args.seed, args.steps, args.device, args.proposal)
         print(f"\nDone: {task.name} reached {EVAL_EPISODES} of {EVAL_EPISODES} at {steps:,} environment steps, and again "
@@ -453,7 +512,7 @@ def main():
         folder = run.close()
         sys.exit(f"\nselfalign: {error}" + (f"\nEvery exchange is in {folder}/llm.jsonl." if llm.exchanges else ""))
     except KeyboardInterrupt:
-        print("\nStopped.")
+        print(f"\nStopped. Go on:  python selfalign.py --resume {run.folder}")
     folder = run.close()
     if llm.exchanges:
         print(f"LLM: {llm.exchanges} exchanges" + (f", {llm.prompt_tokens:,} + {llm.completion_tokens:,} tokens, {llm.seconds:.0f} s."

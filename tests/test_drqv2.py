@@ -1,6 +1,8 @@
 """The buffer against examples written out and against a naive one; the agent against what DrQ-v2 promises."""
 
+import copy
 import inspect
+import io
 
 import numpy as np
 import pytest
@@ -455,12 +457,52 @@ def test_targets_follow_slowly_and_states_round_trip():
     agent.update(batch, 0)
     for target, before, critic in zip(agent.critic_target.parameters(), old, agent.critic.parameters()):
         torch.testing.assert_close(target, 0.9 * before + 0.1 * critic)
-    state = agent.state_dict()
-    assert set(state) == {"encoder", "actor", "critic", "greedy"}
-    other = DrQV2((3,), (2,), hidden_dim=16, std=(0.0, 0.0, 1))
-    other.load_state_dict(state)
+    other = DrQV2((3,), (2,), hidden_dim=16, lr=1e-2, tau=0.1, std=(0.0, 0.0, 1), average=0.1)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
     for explore in (True, False):                                    # the actor itself and its average
         np.testing.assert_array_equal(other.act(np.ones(3), 0, explore), agent.act(np.ones(3), 0, explore))
     assert (agent.act(np.ones(3), 0) != agent.act(np.ones(3), 0, explore=False)).any()
-    for target, critic in zip(other.critic_target.parameters(), agent.critic.parameters()):
-        assert torch.equal(target, critic)
+    # Learning goes on as if nothing had happened: slow copies and optimisers are where they were.
+    for step in range(3):
+        torch.manual_seed(step)
+        expected = agent.update(batch, 0)
+        torch.manual_seed(step)
+        assert other.update(batch, 0) == expected
+    for part in DrQV2.PARTS[:-2]:
+        for mine, its in zip(getattr(other, part).parameters(), getattr(agent, part).parameters()):
+            assert torch.equal(mine, its)
+
+
+def test_a_buffer_is_saved_piece_by_piece_and_goes_on_as_it_was():
+    def pair():
+        return ReplayBuffer(60, (2,), (1,), n_features=2, nstep=2, seed=3)
+    buffer, file, pieces, since = pair(), io.BytesIO(), [], 0
+    for lengths in ([4, 6], [], [3, 1, 5]):
+        fill(buffer, lengths, first=since)
+        buffer.begin(np.array([-1.0, 0.0]))                          # an episode that has just begun is not saved
+        end = buffer.save(file, since)
+        pieces.append((since, end))
+        since = end
+    buffer.relabel(lambda features: 7 * features[:, 0])
+    buffer.save(file, 0, ("reward",))
+    other = pair()
+    file.seek(0)
+    for start, end in pieces:
+        other.load(file, start, end)
+    other.load(file, 0, since, ("reward",))
+    other.begin(np.array([-1.0, 0.0]))
+    assert len(other) == len(buffer) == 19 and other.rows == buffer.rows
+    for b in (buffer, other):
+        fill(b, [8], first=50)
+    for mine, its in zip(other.sample(50), buffer.sample(50)):
+        np.testing.assert_array_equal(mine, its)
+    for mine, its in zip(other.episodes(), buffer.episodes(), strict=True):
+        np.testing.assert_array_equal(mine, its)
+    with pytest.raises(ValueError, match="raise capacity"):
+        for _ in range(4):
+            fill(buffer, [10])
+        buffer.save(file, since)
+    with pytest.raises((ValueError, EOFError)):
+        pair().load(io.BytesIO(b"nonsense"), 0, 3)
+    with pytest.raises(ValueError, match="begin"):
+        buffer.add([0.0], np.zeros(2), 0.0, False, False, [0, 0])

@@ -76,7 +76,7 @@ def test_loop_end_to_end_and_what_it_leaves(task, small, capsys):
     terms = namespace["reward"](**{name: np.array([0.1, 0.2]) for name in reward.features})
     np.testing.assert_array_equal(sum(terms.values()), reward.total({n: np.array([0.1, 0.2]) for n in reward.features}))
     state = torch.load(folder / "policy.pt", weights_only=True)
-    assert set(state) == {"encoder", "actor", "critic", "greedy"}
+    assert set(state) == {"encoder", "greedy"}
 
 
 def test_same_seed_twice_gives_identical_metrics_and_another_seed_does_not(small):
@@ -392,7 +392,7 @@ def test_every_line_of_the_algorithm_gets_what_it_should(small, monkeypatch, tmp
     Line.made.clear()
 
     class Agent:
-        std = (1.0, 0.1, 500)
+        std, ACTS = (1.0, 0.1, 500), ()
 
         def __init__(self, obs_shape, action_shape, device, **settings):
             assert (obs_shape, action_shape, device) == ((3,), (1,), "cpu")
@@ -428,7 +428,7 @@ def test_every_line_of_the_algorithm_gets_what_it_should(small, monkeypatch, tmp
     acts = [entry[1:] for entry in log if entry[0] == "act"]
     assert [(e, t) for _, e, t, _ in acts] == [(n // 10, n % 10) for n in range(100, 700)]
     assert {number for number, *_ in acts} == {env.number}
-    features = np.concatenate(run.buffer.episodes())
+    features = np.concatenate(run.state.buffer.episodes())
     np.testing.assert_array_equal(features[:, :2], [(n // 10, n % 10 + 1) for n in range(700)])
     assert (features[100:, 2] == 0.25).all() and features[:100, 2].std() > 0.4
 
@@ -466,8 +466,8 @@ def test_every_line_of_the_algorithm_gets_what_it_should(small, monkeypatch, tmp
         assert [at for at, _ in evaluated] == [at for at in (200, 400, 600) if at <= step]
 
     # The buffer's rewards are the new θ's, up to a centre and a scale.
-    acted = np.flatnonzero(run.buffer.acted)
-    stored, lived = run.buffer.reward[acted], run.buffer.features[acted]
+    acted = np.flatnonzero(run.state.buffer.acted)
+    stored, lived = run.state.buffer.reward[acted], run.buffer.features[acted]
     new = 3 * lived[:, 1] + lived[:, 2]
     scale, centre = np.polyfit(new, stored, 1)
     assert scale > 0

@@ -1,0 +1,260 @@
+"""Runs that are cut short and go on, and what their folders may hold."""
+
+import builtins
+import json
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import run as run_module
+import selfalign
+from envs import Feature, PandaEnv, Space, Task
+from llm import LLM, Answered
+from run import Run
+from standin import StandIn
+from test_selfalign import small  # noqa: F401  (a fixture)
+
+TASK = Task("reach", "Reach the mark.", {"distance": Feature("m", 0, 2, "from the mark"), "speed": Feature("m/s", 0, 2, "of the dot")},
+            success=(("distance", "<=", 0.05),), steps=3, robot="a dot", dt=0.1, horizon=20)
+REWARD = "def r(distance, speed, scale=5.0, w=3.0):\n    return {'near': np.exp(-distance / scale), 'fast': w * speed}\n"
+
+
+class Cut(BaseException):
+    """Ends a run as a kill would: nothing after it is carried out."""
+
+
+class Dot:
+    """A dot on a line, quick enough for many runs; as an image, a bright column."""
+
+    action_space, observation_space, np_random = Space(-1.0, 1.0, (1,), np.float32), Space(-9.0, 9.0, (2,), np.float32), None
+    steps = 0                                                         # of all dots
+
+    def reset(self, seed=None, options=None):
+        self.np_random = self.np_random if seed is None else np.random.default_rng(seed)
+        self.x, self.v, self.t, self.held = self.np_random.uniform(-1, 1), 0.0, 0, 0
+        return self._obs(), {}
+
+    def _obs(self):
+        return np.array([self.x, self.v], np.float32)
+
+    def step(self, action):
+        Dot.steps += 1
+        self.v = 0.2 * float(action[0])
+        self.x, self.t = self.x + self.v, self.t + 1
+        self.held += abs(self.x) <= 0.05
+        info = {"features": {"distance": abs(self.x), "speed": abs(self.v)}, "success": self.held >= 3}
+        return self._obs(), float(self.held >= 3), False, self.t == 20, info
+
+
+class Picture(Dot):
+    observation_space = Space(0, 255, (9, 20, 20), np.uint8)
+
+    def _obs(self):
+        frame = np.zeros((9, 20, 20), np.uint8)
+        frame[:, :, int(np.clip(10 + 5 * self.x, 0, 19))] = 255
+        return frame
+
+
+@pytest.fixture
+def go(small, monkeypatch, tmp_path):  # noqa: F811
+    """go(name, method, ...): a run of the dot in the folder `name`, begun or, where there is one, gone on with."""
+    monkeypatch.setattr(selfalign, "nearly_learnt", lambda successes: False)
+    (tmp_path / "r.py").write_text(REWARD)
+    real_rank = selfalign.rank_attempts
+
+    def rank_attempts(llm, task, T):                                  # asks, and says what the reward does not
+        real_rank(llm, task, T)
+        return [[int(i)] for i in np.argsort([tau[:, 1].sum() for tau in T])]
+    monkeypatch.setattr(selfalign, "rank_attempts", rank_attempts)
+    real, runs = Run._lock, []
+    monkeypatch.setattr(Run, "_lock", lambda kept: (runs.append(kept), real(kept)))
+
+    def run(name, method="selfalign", env=Dot, steps=1000):
+        folder = tmp_path / name
+        try:
+            kept = Run(folder, None if folder.exists() else {"task": "reach", "reward": method, "obs": "state", "seed": 5, "steps": steps})
+            selfalign.train(env, TASK, LLM(Answered(kept.answered, StandIn()), kept.exchange), kept, method, 5, steps,
+                            proposal=str(tmp_path / "r.py"))
+            kept.close()
+        finally:
+            for kept in runs:                                         # what the end of a process does
+                if kept._held:
+                    os.close(kept._held)
+            runs.clear()
+        return folder
+    return run
+
+
+def cut_at(patch, count, owner, name):
+    """Makes the call number `count` of owner.name the last thing that happens."""
+    real, calls = getattr(owner, name), [0]
+
+    def call(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count:
+            raise Cut
+        return real(*args, **kwargs)
+    patch.setattr(owner, name, call)
+
+
+def files(folder):
+    """What two equal runs have in common."""
+    with np.load(folder / "episodes.npz") as episodes:
+        lived = [episodes[name].tolist() for name in episodes.files]
+    asked = [{**json.loads(line), "seconds": 0} for line in (folder / "llm.jsonl").read_text().splitlines()]
+    policy = torch.load(folder / "policy.pt", weights_only=True)
+    return ([(folder / name).read_bytes() for name in ("metrics.csv", "theta.csv")], asked, lived,
+            [value.tolist() for part in policy.values() for value in part.values()])
+
+
+WHOLE = {}                                                            # what runs that nothing cuts short leave
+
+
+@pytest.mark.parametrize("method, env, owner, name, count", [
+    ("selfalign", Dot, Dot, "step", 90), ("selfalign", Dot, Dot, "step", 700), ("selfalign", Dot, Dot, "reset", 60),
+    ("selfalign", Dot, run_module.os, "replace", 1), ("selfalign", Dot, run_module.os, "replace", 9),
+    ("selfalign", Dot, run_module.os, "fsync", 1), ("selfalign", Dot, run_module.os, "fsync", 4), ("selfalign", Dot, run_module.torch, "save", 5),
+    ("selfalign", Dot, selfalign, "sample_posterior", 1), ("selfalign", Dot, selfalign, "rank_attempts", 2),
+    ("selfalign", Dot, selfalign, "evaluate", 3), ("fixed", Dot, Dot, "step", 900), ("sparse", Dot, Dot, "step", 900),
+    ("fixed", Picture, Dot, "step", 450)])
+def test_a_run_that_is_cut_anywhere_goes_on_as_if_nothing_had_happened(method, env, owner, name, count, go, monkeypatch):
+    steps = 500 if env is Picture else 1000
+    if (method, env) not in WHOLE:
+        WHOLE[method, env] = files(go("whole", method, env, steps))
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_at(patch, count, owner, name)
+        go("cut", method, env, steps)
+    if (name, count) == ("replace", 1):                               # there were no settings yet
+        with pytest.raises(SystemExit, match="No such file"):
+            go("cut", method, env, steps)
+    else:
+        assert files(go("cut", method, env, steps)) == WHOLE[method, env]
+
+
+def test_more_steps_go_on_as_if_they_had_been_asked_for_at_first(go):
+    whole, short = go("whole", steps=1000), go("short", steps=600)
+    assert files(go("short", steps=1000)) == files(whole) != files(go("other", steps=600))
+    assert Run(short, None).finished(1000) == "it has had its 1,000 steps; give it more with --steps"
+
+
+def test_answers_given_after_the_last_checkpoint_are_not_asked_for_again(go, monkeypatch):
+    real, asked = StandIn.__call__, []
+    monkeypatch.setattr(StandIn, "__call__", lambda self, messages: (asked.append(1), real(self, messages))[1])
+    whole = go("whole")
+    count = len(asked)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_at(patch, 1, selfalign, "sample_posterior")
+        go("cut")
+    assert files(go("cut")) == files(whole) and len(asked) == 2 * count > 2
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "buffer.bin", "metrics.csv"])
+def test_a_full_disk_keeps_the_last_checkpoint_and_goes_on_with_space(name, go, monkeypatch, capsys):
+    whole, real, calls = go("whole", "fixed"), builtins.open, [0]
+
+    class Full:
+        """A file that takes a hundred bytes more."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.file.write(bytes(data)[:100])
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, attribute):
+            return getattr(self.file, attribute)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.file.close()
+
+    def open_(path, mode="r", *args, **kwargs):
+        file = real(path, mode, *args, **kwargs)
+        calls[0] += name in str(path) and mode != "rb"
+        return Full(file) if name in str(path) and mode != "rb" and calls[0] in (2, 3) else file
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(builtins, "open", open_)
+        cut_at(patch, 1060, Dot, "step")                              # evaluations take steps, too
+        go("cut", "fixed")
+    errors = capsys.readouterr().err
+    assert 1 <= errors.count("No space left") <= 2 and calls[0] >= 3
+    assert files(go("cut", "fixed")) == files(whole)
+
+
+def test_a_second_process_on_a_folder_is_refused(go):
+    folder = go("run", "fixed")
+    first = Run(folder, None)
+    with pytest.raises(SystemExit, match="another process is at work"):
+        Run(folder, None)
+    first.close()
+    Run(folder, None).close()
+
+
+class Foreign:
+    def __reduce__(self):
+        return os.system, ("touch foreign-code-ran",)
+
+
+def test_a_checkpoint_that_is_not_its_own_is_refused_in_one_line(go, tmp_path, monkeypatch):
+    folder = go("run", "fixed", steps=600)
+    good = {name: (folder / name).read_bytes() for name in ("checkpoint.pt", "settings.json", "buffer.bin")}
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    monkeypatch.chdir(tmp_path)
+
+    def refused(words):
+        with pytest.raises(SystemExit) as stop:
+            go("run", "fixed", steps=900)
+        assert words in str(stop.value) and "\n" not in str(stop.value), stop.value
+        for name, content in good.items():
+            (folder / name).write_bytes(content)
+    for cut in (0, 1, 100, len(good["checkpoint.pt"]) // 2, len(good["checkpoint.pt"]) - 1):
+        (folder / "checkpoint.pt").write_bytes(good["checkpoint.pt"][:cut])
+        refused("holds no run that can go on")
+    torch.save(Foreign(), folder / "checkpoint.pt")
+    refused("holds no run that can go on")
+    assert not (tmp_path / "foreign-code-ran").exists()
+    for content, words in (({**saved, "version": 0}, "version 0"), ([1, 2], "holds no run"), ({**saved, "agent": {}}, "damaged"),
+                           ({name: saved[name] for name in saved if name != "step"}, "damaged"),
+                           ({**saved, "pieces": [[0, 10 ** 9, ["obs"]]]}, "damaged"), ({**saved, "generators": [1]}, "damaged")):
+        torch.save(content, folder / "checkpoint.pt")
+        refused(words)
+    (folder / "settings.json").write_bytes(good["settings.json"].replace(b'"seed": 5', b'"seed": 2'))
+    refused("other settings")
+    for settings in (b"{", b"[]", b"{}", b"\xff"):
+        (folder / "settings.json").write_bytes(settings)
+        refused("holds no run that can go on")
+    for cut in (0, 10, len(good["buffer.bin"]) - 10):
+        (folder / "buffer.bin").write_bytes(good["buffer.bin"][:cut])
+        refused("damaged")
+    go("run", "fixed", steps=900)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_at_the_end_of_the_episode_and_the_command_line_goes_on(number, small, monkeypatch, capsys):  # noqa: F811
+    whole = small("--reward", "fixed")
+    with monkeypatch.context() as patch:
+        real, calls = PandaEnv.step, [0]
+
+        def step(env, action):
+            calls[0] += 1
+            if calls[0] == 400:
+                os.kill(os.getpid(), number)
+            return real(env, action)
+        patch.setattr(PandaEnv, "step", step)
+        stopped = small("--reward", "fixed")
+    said = capsys.readouterr().out
+    assert "Stopping at the end of this episode" in said and f"--resume {stopped}" in said
+    assert torch.load(stopped / "checkpoint.pt", weights_only=True)["step"] % 50 == 0
+    monkeypatch.setattr("sys.argv", ["selfalign.py", "--resume", str(stopped)])
+    selfalign.main()
+    assert re.search(r"Going on from the checkpoint at \d+ steps", capsys.readouterr().out)
+    assert files(stopped) == files(whole)
+    selfalign.main()
+    assert "is finished" in capsys.readouterr().out
