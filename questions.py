@@ -62,7 +62,8 @@ def analyse_failure(llm: LLM, task, reward: Reward, trajectories: list[np.ndarra
                                         + ", ".join(f"{name}={value:.3g}" for name, value in change.theta.items())
                                         for change in changes),
                       progress=", ".join(f"{step:,}: {success:.0%}" for step, success in evaluations),
-                      trajectories=describe(task, shown, [reward_note(reward, theta, trajectory) for trajectory in shown]))
+                      trajectories=describe(task, shown, [reward_note(reward, theta, trajectory) for trajectory in shown])
+                                   + strange_note(reward))
 
     def parse(text):
         blocked_by, params = read_analysis(text, theta)
@@ -71,6 +72,12 @@ def analyse_failure(llm: LLM, task, reward: Reward, trajectories: list[np.ndarra
         return blocked_by, params
 
     return llm.ask("analyse", question, parse)
+
+
+def strange_note(reward: Reward) -> str:
+    """Which terms have left the bounds in training, if any has."""
+    values = ", ".join(f"{name} = {value:.4g}" for name, value in reward.strange.items())
+    return values and f"\n\nIn some steps of training, terms were far too large or no numbers at all, and were cut off: {values}"
 
 
 def reward_note(reward, theta, trajectory):

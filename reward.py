@@ -29,9 +29,12 @@ import numpy as np
 FUNCTIONS = {name: arity for arity, names in (
     (1, "abs arctan ceil cos exp expm1 floor log log10 log1p log2 logical_not sign sin sqrt square tan tanh"),
     (2, "hypot logical_and logical_or maximum minimum power"), (3, "clip where")) for name in names.split()}
+NUMBERS = ("e", "pi")                       # np.NAME that are no functions
+JOINS = (ast.BitAnd, ast.BitOr)             # of truth values
+ANNOTATION = (ast.Name, ast.Attribute, ast.Subscript, ast.Tuple, ast.BinOp, ast.BitOr, ast.Constant, ast.Load)
 
 NODES = (ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Expr, ast.Dict, ast.Name,
-         ast.Load, ast.Store, ast.Constant, ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare,
+         ast.AnnAssign, ast.Load, ast.Store, ast.Constant, ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare,
          ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.BitAnd, ast.BitOr, ast.Invert, ast.UAdd, ast.USub,
          ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
 HINTS = {
@@ -76,8 +79,10 @@ class Reward:
         self.name = function.name
         self.features, self.params = _signature(function, self.offered)
         self.term_names = _body(function, {*self.features, *self.params})
-        tree = ast.Module([_Floats().visit(function)], type_ignores=[])
-        namespace = {"np": SimpleNamespace(**{name: getattr(np, name) for name in FUNCTIONS}), "__builtins__": {}}
+        self.strange = {}               # terms that have not stayed finite or in bounds: name to value, see selfalign.RTheta
+        tree = ast.Module([_Numbers(_truths(function)).visit(function)], type_ignores=[])
+        available = {name: getattr(np, name) for name in (*FUNCTIONS, *NUMBERS, "inf", "float64")}
+        namespace = {"np": SimpleNamespace(**available), "__builtins__": {}}
         try:
             exec(compile(ast.fix_missing_locations(tree), "<reward>", "exec"), namespace)
         except (SyntaxError, ValueError, RecursionError) as error:     # what only a compiler sees: a repeated argument
@@ -104,13 +109,18 @@ class Reward:
 
     def total(self, features: dict[str, np.ndarray], params: dict | None = None) -> np.ndarray:
         """r_θ(f): the sum of the terms, same shapes as `terms`."""
-        return sum(self.terms(features, params).values())
+        with np.errstate(over="ignore", invalid="ignore"):
+            return sum(self.terms(features, params).values())
 
     def check(self, features: dict[str, np.ndarray]) -> None:
-        """Raises RewardError naming every term that is not finite on `features` (dict of (N,) arrays)."""
-        bad = [name for name, value in self.terms(features).items() if not np.isfinite(value).all()]
+        """Raises RewardError naming every term that is not finite on `features` (dict of (N,) arrays), as is their sum."""
+        terms = self.terms(features)
+        bad = [name for name, value in terms.items() if not np.isfinite(value).all()]
         if bad:
             raise RewardError(f"not finite (NaN or infinity) on real features: term {', '.join(bad)}")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(sum(terms.values())).all():
+                raise RewardError("the terms are finite, but not their sum: make them smaller")
 
     def returns(self, trajectories: list[np.ndarray]) -> Callable:
         """R: θ ↦ (R_θ(τ_1), …, R_θ(τ_K)) with R_θ(τ) = Σ_t r_θ(f_t), for K trajectories.
@@ -128,15 +138,55 @@ class Reward:
 
     def source_with(self, params: dict[str, float]) -> str:
         """The source with the defaults replaced by `params`; comments and layout are kept."""
+        return _edited(self.source, self._new_defaults(params))
+
+    def python(self, params: dict[str, float]) -> str:
+        """A Python file with the reward and `params` as its defaults, which gives the same values with numpy alone.
+
+        That is the source, but for what this language reads otherwise than Python and numpy do: every number is a float,
+        a truth value in arithmetic is 1 or 0 and ~ its opposite, and a power of constants is NaN rather than complex.
+        """
         function = _parse(self.source)
-        lines = self.source.encode().splitlines(keepends=True)   # ast counts columns in bytes
-        defaults = {arg.arg: node for arg, node in _defaults(function.args)}
-        # From the end backwards, so that a replacement does not move the ones still to come.
-        for name, node in sorted(defaults.items(), key=lambda item: (item[1].lineno, item[1].col_offset), reverse=True):
-            line = lines[node.lineno - 1]
-            value = f"{params.get(name, self.params[name]):.6g}".encode()
-            lines[node.lineno - 1] = line[:node.col_offset] + value + line[node.end_col_offset:]
-        return b"".join(lines).decode()
+        edits = self._new_defaults(params)
+        defaults = {id(default) for _, default in _defaults(function.args)}
+        for node in ast.walk(function):
+            if type(node) is ast.Constant and type(node.value) is int and id(node) not in defaults:
+                edits.append((node, repr(float(node.value))))
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and not _names(node.left):
+                edits.append((node.left, "np.float64({})"))
+            if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):       # of a plain bool it is -1 or -2
+                sign = SimpleNamespace(lineno=node.lineno, col_offset=node.col_offset,
+                                       end_lineno=node.lineno, end_col_offset=node.col_offset + 1)
+                edits += [(node, "{})"), (sign, "np.logical_not(")]
+            if _is_float_cast(node):                  # an attribute that plain numbers lack
+                value = node.func.value
+                after = SimpleNamespace(lineno=value.end_lineno, col_offset=value.end_col_offset,
+                                        end_lineno=node.end_lineno, end_col_offset=node.end_col_offset)
+                text = ast.get_source_segment(self.source, after)
+                edits.append((after, text.rpartition("astype")[0].rstrip().removesuffix(".")))
+        edits += [(node, "1.0 * ({})") for node in _truths(function)]
+        future = "from __future__ import annotations\n\n" if _annotations(function) else ""
+        return f"{future}import numpy as np\n\n\n{_edited(self.source, edits).strip()}\n"
+
+    def _new_defaults(self, params):
+        return [(node, f"{params.get(arg.arg, self.params[arg.arg]):.6g}") for arg, node in _defaults(_parse(self.source).args)]
+
+
+def _edited(source, edits):
+    """The source with each (node, text) put in place, {} in a text being what stood there."""
+    lines = source.encode().splitlines(keepends=True)        # ast counts columns in bytes
+    starts = np.cumsum([0] + [len(line) for line in lines]).tolist()
+    inserts = []
+    for order, (node, text) in enumerate(edits):
+        begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        before, braces, after = text.partition("{}")
+        # An edit around others opens before and closes after them.
+        inserts.append((begin, end - begin, order, before, 0 if braces else end - begin))
+        inserts.append((end, begin - end, -order, after, 0))
+    content = source.encode()
+    for position, _, _, text, length in sorted(inserts, key=lambda insert: (insert[0], -insert[1]), reverse=True):
+        content = content[:position] + text.encode() + content[position + length:]
+    return content.decode()
 
 
 def _parse(source):
@@ -164,8 +214,13 @@ def _check_nodes(function):
     """Every node is on the whitelist; there are not too many; nothing hangs on the function itself."""
     if _reserved(function.name):
         _fail(function, f"{function.name:.40} is reserved: give the function another name")
-    if function.decorator_list or function.returns or getattr(function, "type_params", None):
-        _fail(function, "decorators, annotations and type parameters are not allowed")
+    if function.decorator_list or getattr(function, "type_params", None):
+        _fail(function, "decorators and type parameters are not allowed")
+    for place, name in _annotations(function):           # they say nothing that matters here
+        note = getattr(place, name)
+        if not all(isinstance(node, ANNOTATION) for node in ast.walk(note)):
+            _fail(note, "an annotation can only name a type, such as float or np.ndarray")
+        setattr(place, name, ast.Constant(None) if isinstance(place, ast.AnnAssign) else None)
     nodes = [(function, 0)]
     for count, (node, depth) in enumerate(nodes):    # grows while it is walked: breadth first, no recursion
         if count > MAX_NODES:
@@ -173,22 +228,31 @@ def _check_nodes(function):
         if depth > 60:
             _fail(node, "expressions are nested too deeply")
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
-            if node.attr not in FUNCTIONS:
+            if node.attr not in FUNCTIONS and node.attr not in NUMBERS:
                 close = difflib.get_close_matches(node.attr, FUNCTIONS, 1)
                 hint = f"is np.{close[0]} meant?" if close else THERE_ARE
                 _fail(node, f"np.{node.attr:.40} is not available; {hint}")
             continue                         # np.NAME is fine where it is called, which _check_expression sees to
+        if _is_float_cast(node):
+            nodes.append((node.func.value, depth + 1))
+            continue
         if not isinstance(node, NODES):
             _fail(node, HINTS.get(type(node), f"{type(node).__name__} is not part of the language"))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             _fail(node, HINTS[ast.Not])
         if isinstance(node, ast.Compare) and len(node.ops) > 1:
             _fail(node, "write (a < b) & (b < c) instead of a < b < c")
-        if isinstance(node, ast.arg) and node.annotation:
-            _fail(node, "annotations are not allowed")
         if isinstance(node, ast.FunctionDef) and node is not function:
             _fail(node, "functions inside the function are not allowed")
         nodes += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
+
+
+def _annotations(function):
+    """(node, attribute) of each annotation."""
+    args = function.args
+    places = [(arg, "annotation") for arg in args.posonlyargs + args.args + args.kwonlyargs] + [(function, "returns")]
+    places += [(statement, "annotation") for statement in function.body if isinstance(statement, ast.AnnAssign)]
+    return [(place, name) for place, name in places if getattr(place, name) is not None]
 
 
 def _reserved(name):
@@ -252,10 +316,11 @@ def _body(function, arguments):
                 names.append(key.value)
                 _check_expression(value, known)
             return names
-        if not isinstance(statement, ast.Assign):
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign)) or statement.value is None:
             _fail(statement, HINTS.get(type(statement), "only assignments and one return are allowed"))
-        target = statement.targets[0]
-        if len(statement.targets) > 1 or not isinstance(target, ast.Name):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        target = targets[0]
+        if len(targets) > 1 or not isinstance(target, ast.Name):
             _fail(statement, "assign to one plain name at a time")
         if target.id in arguments or _reserved(target.id):
             _fail(statement, f"{target.id} already has a meaning: assign to another name")
@@ -266,24 +331,95 @@ def _body(function, arguments):
 
 def _check_expression(expression, known):
     """Names are known, calls are to the listed functions with the right number of arguments, constants numbers."""
-    called = set()
-    for node in ast.walk(expression):
+    called, nodes = set(), [expression]
+    for node in nodes:                               # grows while it is walked
+        if _is_float_cast(node):
+            nodes.append(node.func.value)
+            continue
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Call):
-            if not isinstance(node.func, ast.Attribute):
+            if not isinstance(node.func, ast.Attribute) or node.func.attr in NUMBERS:
                 _fail(node, "only functions of the form np.NAME can be called; " + THERE_ARE)
             arity = FUNCTIONS[node.func.attr]
             if node.keywords or any(isinstance(a, ast.Starred) for a in node.args) or len(node.args) != arity:
                 _fail(node, f"np.{node.func.attr} takes {arity} plain argument{'s' * (arity > 1)}")
             called |= {node.func, node.func.value}
+            if node.func.attr == "clip":             # None is no bound
+                called |= {side for side in node.args[1:] if isinstance(side, ast.Constant) and side.value is None}
         elif isinstance(node, ast.Attribute) and node not in called:
-            _fail(node, f"np.{node.attr} must be called")
+            if node.attr not in NUMBERS:
+                _fail(node, f"np.{node.attr} must be called")
+            called.add(node.value)
         elif isinstance(node, ast.Name) and node not in called and node.id not in known:
             close = difflib.get_close_matches(node.id, known, 1)
             _fail(node, f"unknown name {node.id:.40}" + (f"; is {close[0]} meant?" if close else ""))
-        elif isinstance(node, ast.Constant):
+        elif isinstance(node, ast.Constant) and node not in called:
             _number(node)
         elif isinstance(node, (ast.Dict, ast.Expr)):
             _fail(node, "a dict can only be returned")
+
+
+def _is_float_cast(node):
+    """Whether it is (...).astype(float), which changes nothing here."""
+    return (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "astype"
+            and not node.keywords and len(node.args) == 1 and isinstance(node.args[0], ast.Name) and node.args[0].id == "float")
+
+
+def _names(expression):
+    return [node for node in ast.walk(expression) if isinstance(node, ast.Name) and node.id != "np"]
+
+
+def _truths(function):
+    """The expressions that are truth values where a number is wanted, in the order of the source.
+
+    Python counts True as 1, numpy does not always: -(a > b) is an error, (a > b) + (c > d) an "or". Raises RewardError for
+    numbers where a truth value is wanted.
+    """
+    found, known = [], set()                         # names that stand for truth values
+
+    def is_truth(node):
+        """Whether the value of `node` is true or false; notes what has to become a number in it."""
+        if isinstance(node, ast.Name):
+            return node.id in known
+        if isinstance(node, ast.Compare):
+            for side in (node.left, *node.comparators):
+                number(side)
+            return True
+        if isinstance(node, ast.BinOp) and isinstance(node.op, JOINS):
+            return all([truth(side) for side in (node.left, node.right)])
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+            return truth(node.operand)
+        if _is_float_cast(node):
+            number(node.func.value)
+        elif isinstance(node, ast.Call) and node.func.attr.startswith("logical_"):
+            for argument in node.args:
+                is_truth(argument)
+            return True
+        elif isinstance(node, ast.Call):
+            for position, argument in enumerate(node.args):
+                is_truth(argument) if (node.func.attr, position) == ("where", 0) else number(argument)
+        elif isinstance(node, (ast.BinOp, ast.UnaryOp)):
+            for side in ast.iter_child_nodes(node):
+                number(side)
+        return False
+
+    def number(node):
+        if is_truth(node):
+            found.append(node)
+
+    def truth(node):
+        if not is_truth(node):
+            _fail(node, "&, | and ~ are for truth values: compare first, as in (a > 1) & (b > 1)")
+        return True
+
+    for statement in function.body:
+        if isinstance(statement, ast.Return):
+            for value in statement.value.values:
+                number(value)
+        elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+            (known.add if is_truth(statement.value) else known.discard)(target.id)
+    return found
 
 
 def _number(constant):
@@ -300,14 +436,39 @@ def _number(constant):
     return value
 
 
-class _Floats(ast.NodeTransformer):
-    """Numbers become floats, and so does what is raised to a power: no power of integers can grow without bound, and
-    none of truth values can fail for some values and not for others."""
+class _Numbers(ast.NodeTransformer):
+    """Constants become floats, so that no integer can grow without bound; so do the truth values given, and the left side of a
+    power of constants, which is NaN then where Python would go on with complex numbers."""
+
+    def __init__(self, truths):
+        self.truths = {id(node) for node in truths}
+
+    def visit(self, node):
+        truth = id(node) in self.truths
+        node = super().visit(node)
+        return ast.BinOp(ast.Constant(1.0), ast.Mult(), node) if truth else node
+
+    def visit_UnaryOp(self, node):
+        node = self.generic_visit(node)
+        if not isinstance(node.op, ast.Invert):
+            return node
+        return ast.Call(ast.Attribute(ast.Name("np", ast.Load()), "logical_not", ast.Load()), [node.operand], [])
 
     def visit_BinOp(self, node):
+        names = _names(node.left)
         node = self.generic_visit(node)
-        if isinstance(node.op, ast.Pow):
-            node.left, node.right = (ast.BinOp(side, ast.Mult(), ast.Constant(1.0)) for side in (node.left, node.right))
+        if isinstance(node.op, ast.Pow) and not names:
+            node.left = ast.Call(ast.Attribute(ast.Name("np", ast.Load()), "float64", ast.Load()), [node.left], [])
+        return node
+
+    def visit_Call(self, node):
+        if _is_float_cast(node):
+            return self.visit(node.func.value)
+        node = self.generic_visit(node)
+        if node.func.attr == "clip":
+            for side, sign in ((1, ast.USub()), (2, ast.UAdd())):
+                if isinstance(node.args[side], ast.Constant) and node.args[side].value is None:
+                    node.args[side] = ast.UnaryOp(sign, ast.Attribute(ast.Name("np", ast.Load()), "inf", ast.Load()))
         return node
 
     def visit_Constant(self, node):

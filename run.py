@@ -244,7 +244,7 @@ class Run:
         for name, value, *rest in zip(change.theta, change.theta.values(), *rows):
             self._row("theta.csv", change.step, change.cause, name, value, *rest)
         self.relabelled = True
-        self._write("reward.py", f"import numpy as np\n\n\n{reward.source_with(change.theta).strip()}\n")
+        self._write("reward.py", reward.python(change.theta))
 
     def evaluated(self, step: int, success: float, sparse: float, return_: float, losses: dict, agent) -> None:
         """One evaluation: a row of metrics.csv, the policy as it is, a line on the screen.

@@ -37,6 +37,7 @@ WORSE = 0.7                # a change is undone if the LLM prefers the attempts 
 FAILS = 0.1                # a period of at most this mean success calls for an analysis beside the posterior
 BETTER = 0.6               # no analysis while the LLM prefers the newest attempts to earlier ones more often than this
 EXPLORE_STEPS = 1_000      # uniform random actions first
+BOUND = 1e4                # of the rewards that the critic gets: it learns in single precision
 
 # Near DrQ-v2's own settings for pixels; for states, a smaller network that learns faster from few samples.
 AGENT = {"pixels": dict(lr=1e-4, hidden_dim=1024, std=(1.0, 0.1, 50_000), saturation=0.01, average=0.005),
@@ -98,7 +99,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
 
     Raises LLMError without a usable first reward: an answer that cannot be used goes back to the LLM with the reason, up to
     llm.ATTEMPTS times. A ranking that fails in the same way is skipped, an analysis too. Raises ValueError for episodes so long
-    that hardly any fits between two updates of θ.
+    that hardly any fits between two updates of θ, and FloatingPointError when a loss is no longer a number.
     """
     if 4 * task.horizon > UPDATE_EVERY:
         raise ValueError(f"episodes of {task.horizon} steps are too long: at least 4 must fit into UPDATE_EVERY = {UPDATE_EVERY}")
@@ -143,6 +144,8 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
                 buffer.begin(obs)
             if step > EXPLORE_STEPS and step % 2 == 0:
                 losses = agent.update(buffer.sample(BATCH[kind]), step - state.explore_since)
+                if not math.isfinite(losses["critic_loss"] + losses["actor_loss"]):
+                    raise FloatingPointError(f"the losses are no longer numbers at {step:,} steps: {losses}")
 
             # stop when every evaluation episode succeeds, twice running
             if step % EVAL_EVERY == 0 and step > EXPLORE_STEPS:
@@ -180,7 +183,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
 
 
 class RTheta:
-    """r_θ(f_t) as the critic sees it: (Σ terms − centre) / scale, 0 where that is not finite.
+    """r_θ(f_t) as the critic sees it: (Σ terms − centre) / scale, within ±BOUND, and 0 where that is no number.
 
     The critic starts at 0: were all rewards above that, whatever is tried first would look better than what is not, and the
     actor would saturate there for good. So the random behaviour in `features`, (N, F), earns 0 on average to begin with. As
@@ -193,8 +196,20 @@ class RTheta:
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Of one step, (F,), or of many, (N, F)."""
-        total = self.reward.total(dict(zip(self.reward.offered, features.T)), self.theta)
-        return np.nan_to_num((total - self.centre) / self.scale, nan=0.0, posinf=0.0, neginf=0.0)
+        named = dict(zip(self.reward.offered, features.T))
+        value = (self.reward.total(named, self.theta) - self.centre) / self.scale
+        if not np.all(np.abs(value) <= BOUND):
+            self._name_strange_terms(named)
+        return np.clip(np.nan_to_num(value, nan=0.0, posinf=BOUND, neginf=-BOUND), -BOUND, BOUND)
+
+    def _name_strange_terms(self, features):
+        """Says once of each term that it leaves the bounds; a failure analysis is told so, too."""
+        for name, term in self.reward.terms(features, self.theta).items():
+            strange = np.atleast_1d(term)[~(np.abs(np.atleast_1d(term)) <= BOUND * self.scale)]
+            if len(strange) and name not in self.reward.strange:
+                self.reward.strange[name] = float(strange[0])
+                print(f"\n  The reward's term {name} has become {strange[0]:.4g} in a step. The critic gets {BOUND:g} at most, and 0 for "
+                      "what is no number; a failure analysis is told so.\n", flush=True)
 
     def state_dict(self) -> dict:
         return {"source": self.reward.source, "theta": self.theta, "centre": float(self.centre), "scale": self.scale}
@@ -370,12 +385,14 @@ def align(reward, history, step, rng) -> Change | None:
 def sample_theta(reward, prior, D, rng) -> Posterior:
     """The posterior p(θ | D); prior: θ's centre by name. A ranking of K weighs its pairs 2/K, see mh.py."""
     R = reward.returns([tau for T, _ in D for tau in T])
+    known = np.isfinite(R(prior))                          # the others, rewarded without bound, tell nothing
     offsets = np.cumsum([0] + [len(T) for T, _ in D[:-1]])
     pairs = np.concatenate([pairs + offset for (_, pairs), offset in zip(D, offsets)])
     weights = np.concatenate([np.full(len(pairs), 2 / len(T)) for T, pairs in D])
+    pairs, weights = pairs[known[pairs].all(axis=1)], weights[known[pairs].all(axis=1)]
 
     def log_likelihood(theta):
-        returns = R({name: theta[:, i:i + 1] for i, name in enumerate(prior)})
+        returns = np.where(known, R({name: theta[:, i:i + 1] for i, name in enumerate(prior)}), 0.0)
         # An infinite return would seem to explain every preference for its trajectory.
         finite = np.isfinite(returns).all(axis=-1)
         return np.where(finite, -preference_loss(np.where(finite[:, None], returns, 0.0), pairs, weights), -np.inf)
@@ -511,6 +528,10 @@ def main():
     except LLMError as error:
         folder = run.close()
         sys.exit(f"\nselfalign: {error}" + (f"\nEvery exchange is in {folder}/llm.jsonl." if llm.exchanges else ""))
+    except FloatingPointError as error:
+        folder = run.close()
+        sys.exit(f"\nselfalign: {error}. The last checkpoint, from before, is in {folder}; a reward of smaller numbers is the cure "
+                 "(--proposal FILE)")
     except KeyboardInterrupt:
         print(f"\nStopped. Go on:  python selfalign.py --resume {run.folder}")
     folder = run.close()

@@ -783,3 +783,38 @@ def test_the_key_is_nowhere(small, monkeypatch, capsys):
         assert secret not in printed.out + printed.err
         assert all(secret.encode() not in path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert len(rows(folder / "metrics.csv")) == 3                    # and nothing was lost
+
+
+def test_what_the_critic_gets_is_finite_and_bounded_and_what_is_not_is_named_once(capsys):
+    reward = Reward("def r(x, y, w=1.0):\n    return {'steep': np.exp(x / w), 'root': np.sqrt(y), 'fine': x}", ["x", "y"])
+    r_theta = selfalign.RTheta(reward, np.zeros((3, 2)))
+    assert r_theta(np.array([0.0, 0.0])) == 0.0 and not capsys.readouterr().out
+    assert r_theta(np.array([1000.0, 0.0])) == selfalign.BOUND and r_theta(np.array([1.0, -1.0])) == 0.0
+    np.testing.assert_array_equal(r_theta(np.array([[0.0, 0.0], [1000.0, 0.0], [0.0, -1.0]])), [0, selfalign.BOUND, 0])
+    said = capsys.readouterr().out
+    assert said.count("term steep has become inf") == 1 and said.count("term root has become nan") == 1 and "fine" not in said
+    assert "steep = inf, root = nan" in questions.strange_note(reward)
+    assert questions.strange_note(offline_reward("touch")) == ""
+
+
+def test_losses_that_are_no_numbers_stop_the_run_with_its_last_checkpoint(small, monkeypatch):
+    real, calls = selfalign.DrQV2.update, [0]
+
+    def update(agent, batch, step):
+        calls[0] += 1
+        return {**real(agent, batch, step), **({"critic_loss": float("nan")} if calls[0] > 200 else {})}
+    monkeypatch.setattr(selfalign.DrQV2, "update", update)
+    with pytest.raises(SystemExit, match="no longer numbers at 502 steps(?s:.*)last checkpoint"):
+        small("--reward", "fixed")
+
+
+def test_a_trajectory_of_infinite_return_does_not_cost_the_others():
+    names = list(TASKS["touch"].features)
+    reward = Reward("def r(contact_force, w=1.0, scale=0.1):\n    return {'a': w * contact_force, 'b': 0 * np.exp(contact_force / scale)}", names)
+    taus = touches(6)
+    taus[3][:, names.index("contact_force")] = 1e6
+    pairs = selfalign.pairs_of([[5], [4], [3], [2], [1], [0]])
+    posterior = selfalign.sample_theta(reward, reward.params, [(taus, pairs)], np.random.default_rng(0))
+    without = selfalign.sample_theta(reward, reward.params, [(taus, pairs[(pairs != 3).all(axis=1)])], np.random.default_rng(0))
+    np.testing.assert_array_equal(posterior.samples, without.samples)
+    assert posterior.samples[..., 0].mean() > 1
