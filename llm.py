@@ -9,6 +9,7 @@ A backend maps a list of chat messages to a `Reply`: `Chat` (HTTP), `Manual` (a 
 transcript of an earlier run); a scripted stand-in is in standin.py.
 """
 
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import string
 import textwrap
 import threading
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -29,15 +30,22 @@ PROMPTS = Path(__file__).parent / "prompts"
 ATTEMPTS = 4                      # how often one question is put before its answers are given up
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 600         # s; a model that thinks about 48 attempts is silent for minutes
 TOTAL_TIMEOUT = 600               # of one request, so that a reply which only trickles ends too, s
+QUESTION_TIMEOUT = 1200           # of a question with all its requests and waits, s
 RETRIES, MAX_WAIT = 5, 120        # of one request; the longest wait between two that is accepted, s
 MAX_BYTES = 1_000_000             # of one HTTP reply
-FAULTS = (                        # what to call requests' exceptions, the first that fits
-    (requests.exceptions.SSLError, "no secure connection (is the certificate valid?)"),
-    (requests.exceptions.ProxyError, "no connection through the proxy"),
-    (requests.Timeout, "no complete answer in time"),
-    (requests.ConnectionError, "no connection (is the server running?)"),
-    (requests.exceptions.ChunkedEncodingError, "the connection broke off in mid-reply"),
-    (requests.RequestException, "a reply that breaks HTTP's rules"))
+MAX_CHARS = 100_000               # of one answer
+LASTING = (                       # what no retry helps: words of the exception, then the cure
+    ("wrong_version_number|record layer failure", "the server does not speak TLS there: write http:// in OPENAI_BASE_URL"),
+    ("certificate", "the server's certificate is not trusted: set REQUESTS_CA_BUNDLE to the file of the authority that signed it"),
+    ("CA certificate bundle", "the file that REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names is not there"),
+    ("SOCKS", "a SOCKS proxy is set, which needs one more package: pip install pysocks"),
+    ("proxy URL|InvalidProxyURL|Proxy URL", "the proxy in HTTPS_PROXY, HTTP_PROXY or ALL_PROXY is not an address"),
+    ("InvalidURL|MissingSchema|InvalidSchema|LocationParseError|LocationValueError|UnicodeError",
+     "OPENAI_BASE_URL is not an address; one reads http://localhost:11434/v1"))
+PASSING = (                       # what may pass
+    ("timed out|Timeout", "no complete answer in time"), ("ProxyError", "no connection through the proxy"),
+    ("ProtocolError|Chunk|IncompleteRead|ConnectionReset|broken|aborted", "the connection broke off in mid-reply"),
+    ("ConnectionError|SSLError|NewConnection|MaxRetry", "no connection (is the server running?)"))
 
 Reply = namedtuple("Reply", "text prompt_tokens completion_tokens", defaults=(0, 0))
 
@@ -86,10 +94,12 @@ class LLM:
                 reason = str(error)
             else:
                 try:
+                    if len(text) > MAX_CHARS:
+                        raise UnusableReply(f"the answer is longer than {MAX_CHARS:,} characters: be briefer")
                     return parse(text)
                 except ValueError as error:
                     reason = str(error)
-            messages += [{"role": "assistant", "content": text},
+            messages += [{"role": "assistant", "content": text[:MAX_CHARS]},
                          {"role": "user", "content": prompt("repair", error=reason)}]
         raise LLMError(f"no usable answer to the question '{kind}' in {ATTEMPTS} attempts, the last because: {reason}")
 
@@ -128,24 +138,26 @@ class Chat:
         if not self.url.startswith(("http://", "https://")):
             raise LLMError("OPENAI_BASE_URL must start with http:// or https://, for example http://localhost:11434/v1")
         self.shown_url = re.sub(r"//[^/]*@", "//", self.url)       # without a password that the address may hold
+        self.question, self.deadline = None, 0.0
         if not self.key.isascii() or not self.key.isprintable():
             raise LLMError("OPENAI_API_KEY holds characters that no key has: set it again")
 
     def __call__(self, messages: list[dict]) -> Reply:
+        if messages[0] != self.question:             # otherwise another attempt at the same
+            self.question, self.deadline = messages[0], time.monotonic() + QUESTION_TIMEOUT
+        print(f"  Waiting for {self.model} at {self.shown_url}, {QUESTION_TIMEOUT // 60} minutes at most ...", flush=True)
+        wait = None
         for retry in range(RETRIES + 1):
             try:
                 status, headers, body = self._post({"model": self.model, "messages": messages})
-            except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema):
-                raise LLMError("OPENAI_BASE_URL is not an address; one reads http://localhost:11434/v1") from None
-            except requests.RequestException as error:
-                fault, wait = next(words for kind, words in FAULTS if isinstance(error, kind)), None
-                if "timed out" in str(error).lower():          # in mid-body, requests calls it a ConnectionError
-                    fault = "no complete answer in time"
+            except LLMError:
+                raise
+            except Exception as error:               # whatever a request ends with is a failed request
+                fault, wait = _fault(error), None
             else:
                 if status == 200:
                     return self._read(body)
-                message = _error_message(self._clean(body.decode(errors="replace")))
-                fault, wait = f"HTTP {status}: {message}", _retry_after(headers.get("Retry-After"))
+                fault, wait = f"HTTP {status}: {_error_message(body, self._clean)}", _retry_after(headers.get("Retry-After"))
                 cure = {400: "check --model and that the server speaks the chat completions API",
                         401: "set OPENAI_API_KEY to a valid key",
                         403: "set OPENAI_API_KEY to a key with access to --model",
@@ -154,48 +166,54 @@ class Chat:
                     raise LLMError(f"the LLM service refused: {fault}; {cure[status]}")
                 if status not in (408, 409, 425, 429) and status < 500:
                     raise LLMError(f"the LLM service answered {fault}; check OPENAI_BASE_URL")
-            if wait is not None and wait > MAX_WAIT:
+            # Back-off with full jitter, unless the server names the time.
+            pause = wait if wait is not None else random.uniform(0.5, 1.0) * 2 ** retry
+            if pause > MAX_WAIT or time.monotonic() + pause > self.deadline or retry == RETRIES:
                 break
-            if retry < RETRIES:                  # back-off with full jitter, unless the server names the time
-                time.sleep(wait if wait is not None else random.uniform(0.5, 1.0) * 2 ** retry)
+            time.sleep(pause)
         waits = f", which asks to wait {wait:.0f} s" if wait is not None and wait > MAX_WAIT else ""
         raise LLMError(f"the LLM service failed {retry + 1} times, the last with {fault}{waits}; check that "
                        f"{self.shown_url} can be reached, or go on later")
 
     def _post(self, payload):
         """(status, headers, body) of one request, bounded in time; raises what `_request` raises."""
-        outcome = []
+        outcome, given_up = [], threading.Event()
 
         def request():
             try:
-                outcome.append(self._request(payload))
+                outcome.append(self._request(payload, given_up))
             except Exception as error:
                 outcome.append(error)
 
         # requests' time-outs start afresh with each byte; only from outside can a reply be ended that trickles.
         thread = threading.Thread(target=request, daemon=True)
         thread.start()
-        thread.join(TOTAL_TIMEOUT)
+        thread.join(max(0.0, min(TOTAL_TIMEOUT, self.deadline - time.monotonic())))
+        given_up.set()
         if not outcome:
             raise requests.exceptions.ReadTimeout()
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
 
-    def _request(self, payload):
+    def _request(self, payload, given_up):
         def authorise(request):          # as `auth`, so that a .netrc file cannot put another key in its place
             if self.key:
                 request.headers["Authorization"] = f"Bearer {self.key}"
             return request
 
         body = bytearray()
-        with requests.post(self.url, json=payload, auth=authorise, stream=True, allow_redirects=False,
-                           timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
-            for chunk in response.iter_content(chunk_size=65536):
+        # Nothing is compressed, so that what is read is what is kept; a redirect is not followed, nor is its body read.
+        with _Session() as session, session.post(
+                self.url, json=payload, auth=authorise, stream=True, headers={"Accept-Encoding": "identity"},
+                timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
+            for chunk in response.raw.stream(65536, decode_content=False):
                 body += chunk
                 if len(body) > MAX_BYTES:
                     raise LLMError(f"the LLM service sent a reply larger than {MAX_BYTES:,} bytes; "
                                    "check OPENAI_BASE_URL")
+                if given_up.is_set():
+                    break
             return response.status_code, response.headers, bytes(body)
 
     def _read(self, body):
@@ -205,8 +223,7 @@ class Chat:
             choice = answer["choices"][0]
             text = choice["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            shown = self._clean(body[:2000].decode(errors="replace"))[:200]
-            raise UnusableReply(f"the service sent no chat completion but: {shown!r}") from None
+            raise UnusableReply(f"the service sent no chat completion but: {_error_message(body, self._clean)!r}") from None
         if choice.get("finish_reason") == "length":
             raise UnusableReply("the answer was cut off because it was too long: be briefer")
         if choice.get("finish_reason") == "content_filter":
@@ -225,26 +242,45 @@ class Chat:
         return text.replace(self.key, "[key]") if len(self.key) >= 12 else text
 
 
-def _error_message(text):
-    """What an error reply says, in one short line."""
+class _Session(requests.Session):
+    """Without redirects, whose Location requests would read even where it is told not to follow."""
+
+    def get_redirect_target(self, response):
+        return None
+
+
+def _fault(error):
+    """What to call an exception of a request; raises LLMError for one that no retry helps."""
+    kinds = " ".join(kind.__name__ for kind in type(error).__mro__)
+    for words, cure in LASTING:
+        if re.search(words, f"{kinds} {error}", re.IGNORECASE):
+            raise LLMError(f"the LLM service cannot be reached: {cure}") from None
+    return next((fault for words, fault in PASSING if re.search(words, f"{kinds} {error}", re.IGNORECASE)),
+                f"a reply that breaks HTTP's rules ({type(error).__name__})")
+
+
+def _error_message(body, clean):
+    """What an error reply says, in one short line, without the key, which JSON may have escaped."""
+    text = body[:10_000].decode(errors="replace")
     try:
-        error = json.loads(text)["error"]
-        text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        text = re.sub(r"<[^>]*>", " ", text)                # an HTML page
-    return " ".join(text.split())[:200] or "(empty)"
+        answer = json.loads(text)
+        error = answer["error"] if isinstance(answer, dict) and "error" in answer else answer
+        text = error if isinstance(error, str) else str(error.get("message", error) if isinstance(error, dict) else error)
+    except (ValueError, RecursionError):
+        text = re.sub(r"<[^<>]*>", " ", text)                # an HTML page
+    return " ".join(clean(text).split())[:200] or "(empty)"
 
 
 def _retry_after(value):
     """Seconds to wait by a Retry-After header, in either of its forms; None without one."""
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
     except (TypeError, ValueError):
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError, IndexError, AttributeError):
+            return None
+    return max(0.0, seconds) if seconds == seconds else None
 
 
 class Manual:
@@ -271,14 +307,20 @@ class Replay:
     """Answers from the transcript of an earlier run, as long as the same questions are asked in the same order."""
 
     def __init__(self, path: str | Path):
+        self.records, self.path, self.position = [], path, 0
         try:
-            self.records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-            for number, record in enumerate(self.records, 1):
-                if "prompt" not in record or not {"reply", "unusable", "error"} & set(record):
-                    raise ValueError(f"line {number} holds no question with its outcome")
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise LLMError(f"{path} is not a transcript that can be replayed: {error}") from None
-        self.path, self.position = path, 0
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            raise LLMError(f"{path} cannot be replayed: {error}") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError):
+                record = {}
+            outcomes = [record.get(kind) for kind in ("reply", "unusable", "error")] if isinstance(record, dict) else []
+            if record is not None and not (any(isinstance(outcome, str) for outcome in outcomes) and isinstance(record.get("prompt"), str)):
+                raise LLMError(f"{path} cannot be replayed: line {number} holds no question with its outcome")
+            self.records += [record] if record else []
 
     def __call__(self, messages: list[dict]) -> Reply:
         asked = messages[-1]["content"]
@@ -290,28 +332,34 @@ class Replay:
             now, then = next((pair for pair in pairs if pair[0] != pair[1]), ("(another length)", "(another length)"))
             raise LLMError(f"the replay no longer follows {self.path} in exchange {self.position}: the question reads "
                            f"{now.strip()[:80]!r}, in the transcript {then.strip()[:80]!r}")
-        if "error" in record:
-            raise LLMError(record["error"])
-        if "unusable" in record:
+        if isinstance(record.get("reply"), str):
+            return _reply(record)
+        if isinstance(record.get("unusable"), str):
             raise UnusableReply(record["unusable"])
-        return Reply(record["reply"], record.get("prompt_tokens", 0), record.get("completion_tokens", 0))
+        raise LLMError(record["error"])
+
+
+def _reply(record):
+    """The Reply that a line of a transcript holds."""
+    tokens = [record.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return Reply(record["reply"], *(n if type(n) is int else 0 for n in tokens))
 
 
 class Answered:
-    """A backend in front of another: answers that a run cut short was given after its last checkpoint are not asked for twice."""
+    """A backend in front of another: what a run cut short was answered after its last checkpoint is not asked again."""
 
     def __init__(self, lines: list[str], backend: Callable[[list[dict]], Reply]):
         self.records, self.backend = [], backend
         for line in lines:
             try:
                 self.records.append(json.loads(line))
-            except ValueError:                       # the line at which the run was cut short
+            except (ValueError, RecursionError):     # the line at which the run was cut short
                 break
 
     def __call__(self, messages: list[dict]) -> Reply:
-        record = self.records.pop(0) if self.records else {}
-        if record.get("prompt") == messages[-1]["content"] and "reply" in record:
-            return Reply(record["reply"], record.get("prompt_tokens", 0), record.get("completion_tokens", 0))
+        record = self.records.pop(0) if self.records else None
+        if isinstance(record, dict) and record.get("prompt") == messages[-1]["content"] and isinstance(record.get("reply"), str):
+            return _reply(record)
         self.records = []
         return self.backend(messages)
 
@@ -372,13 +420,13 @@ def read_ranking(text: str, count: int) -> list[list[int]]:
         parts = re.split(r"[>≻]", chain) if re.search("[>≻=]", chain) else re.split(r"[,\s]+", chain)
         groups = [re.split(r"[=~≈]", part) for part in parts]
     groups = [[str(label).strip(" \t.;,*`(){}\"'") for label in group] for group in groups]
-    for label in sum(groups, []):
+    for label in itertools.chain(*groups):
         if not re.fullmatch(r"[0-9]{1,4}", label):
             raise UnusableReply(f"{label[:40]!r} in the ranking is not the number of an attempt")
     groups = [[int(label) for label in group] for group in groups]
-    named, known = sum(groups, []), set(range(1, count + 1))
+    named, known = Counter(itertools.chain(*groups)), set(range(1, count + 1))
     wrong = {"missing": known - set(named), "unknown": set(named) - known,
-             "named more than once": {label for label in named if named.count(label) > 1}}
+             "named more than once": {label for label in named if named[label] > 1}}
     if any(wrong.values()):
         raise UnusableReply(f"the ranking must hold each number from 1 to {count} once; " + "; ".join(
             f"{what}: {', '.join(map(str, sorted(labels)))}" for what, labels in wrong.items() if labels))

@@ -54,6 +54,11 @@ THERE_ARE = "there are " + ", ".join(f"np.{name}" for name in FUNCTIONS)
 MAX_CHARS, MAX_NODES, MAX_PARAMS = 8000, 700, 12
 
 
+def printable(text: str) -> str:
+    """The text without what steers a terminal or hides what is written: such characters become ?, line ends stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text.replace("\r\n", "\n"))
+
+
 class RewardError(ValueError):
     """A reward source that is not in the language or cannot be used; the message says where and why."""
 
@@ -73,8 +78,8 @@ class Reward:
     """
 
     def __init__(self, source: str, features: Iterable[str]):
-        self.source, self.offered = source, list(features)
-        function = _parse(source)
+        self.source, self.offered = printable(source), list(features)
+        function = _parse(self.source)
         _check_nodes(function)
         self.name = function.name
         self.features, self.params = _signature(function, self.offered)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import textwrap
@@ -22,10 +23,32 @@ except ImportError:          # Windows, where nothing keeps two processes apart
     fcntl = None
 
 from drqv2 import DrQV2
-from envs import PandaEnv
-from reward import Reward
+from envs import TASKS, PandaEnv
+from reward import Reward, printable
 
 VERSION = 1      # of checkpoints
+
+
+class Screen:
+    """A text stream as a terminal may see it: characters that steer one are shown as ?, and nothing that happens to it (a pipe
+    that is closed, a full disk behind it) ends the program."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")             # θ and █ on a terminal that knows neither
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(printable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 class State:
@@ -279,9 +302,14 @@ class Run:
             self._held = None
         if not self.failed:
             return self.folder
-        rescue = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-"))
-        for name, content in self.content.items():
-            (rescue / name).write_bytes(content)
+        try:
+            rescue = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-"))
+            for name, content in self.content.items():
+                (rescue / name).write_bytes(content)
+        except OSError as error:
+            print(f"Nor can it be written to the temporary folder: {error.strerror}. What {self.folder} holds stays; once there is "
+                  "space, --resume goes on from its last checkpoint.", file=sys.stderr)
+            return self.folder
         print(f"What could not be written to {self.folder} is in {rescue}.", file=sys.stderr)
         return rescue
 
@@ -346,6 +374,22 @@ def print_analysis(blocked_by, before, params):
         print(f"    {name:<20} {before[name]:>10.4g} {value:>10.4g}")
 
 
+def display_answers() -> bool:
+    """Whether a window can be opened. On Linux PyBullet waits for ever for an X server that is gone, so ask it first."""
+    host, _, number = os.environ.get("DISPLAY", "").rpartition(":")
+    if sys.platform != "linux":
+        return True
+    number = number.partition(".")[0]
+    local = host in ("", "unix")
+    try:
+        with socket.socket(socket.AF_UNIX if local else socket.AF_INET, socket.SOCK_STREAM) as server:
+            server.settimeout(2)
+            server.connect(f"/tmp/.X11-unix/X{number}" if local else (host, 6000 + int(number)))
+        return True
+    except (OSError, ValueError):
+        return False
+
+
 def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = None, gif: str | None = None) -> None:
     """Shows the policy in a run's folder in a window, or saves it as pictures: PNG files in the folder `frames`, or one moving GIF.
 
@@ -354,21 +398,35 @@ def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = 
     """
     try:
         settings = json.loads((Path(folder) / "settings.json").read_text())
+        task, obs = settings["task"], settings["obs"]
         state = torch.load(Path(folder) / "policy.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, LookupError) as error:
-        sys.exit(f"{folder} holds no finished run to play ({error}); name a folder under runs/")
+        if task not in TASKS or obs not in agent_settings:
+            raise ValueError(f"there is no task {task!r} with observations {obs!r}")
+        env = PandaEnv(task, obs, render_mode="rgb_array")
+        agent = DrQV2(env.observation_space.shape, env.action_space.shape, **agent_settings[obs])
+        for name in agent.ACTS:
+            getattr(agent, name).load_state_dict(state[name])
+        if not all(torch.isfinite(p).all() for name in agent.ACTS for p in getattr(agent, name).parameters()):
+            raise ValueError("the policy holds numbers that are not finite")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        sys.exit(f"{folder} holds no policy to play ({reason}); name the folder of a run, such as one under runs/")
     if frames or gif:
         try:
             from PIL import Image
+            Path(frames or gif).parent.mkdir(parents=True, exist_ok=True)
+            if frames:
+                Path(frames).mkdir(exist_ok=True)
         except ImportError:
             sys.exit('saving pictures needs Pillow: pip install ".[pictures]"')
-        Path(frames or ".").mkdir(parents=True, exist_ok=True)
-    elif sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        sys.exit("there is no display to open a window on: add --gif FILE or --frames FOLDER to save pictures instead")
-    env, pictures = PandaEnv(settings["task"], settings["obs"], render_mode="rgb_array" if frames or gif else "human"), []
-    agent = DrQV2(env.observation_space.shape, env.action_space.shape, **agent_settings[settings["obs"]])
-    for name in agent.ACTS:
-        getattr(agent, name).load_state_dict(state[name])
+        except OSError as error:
+            sys.exit(f"cannot save pictures at {frames or gif}: {error.strerror}; choose another place")
+    else:
+        if not display_answers():
+            sys.exit("there is no display to open a window on: add --gif FILE or --frames FOLDER to save pictures instead")
+        env.close()
+        env = PandaEnv(task, obs, render_mode="human")
+    pictures = []
     for episode in range(episodes):
         obs, info = env.reset(seed=episode)
         truncated = False

@@ -25,7 +25,7 @@ from llm import LLM, Answered, LLMError, choose_backend
 from mh import Posterior, SamplerError, preference_loss, sample_posterior
 from questions import analyse_failure, propose_reward, rank_attempts
 from reward import Reward
-from run import Run, State, play, print_analysis, print_posterior, print_ranking
+from run import Run, Screen, State, play, print_analysis, print_posterior, print_ranking
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ: a period
 EVAL_EVERY = 1_000         # environment steps between two evaluations
@@ -485,19 +485,25 @@ def parse_args():
         parser.error(f"--{min(useless)} does nothing without --play RUN: leave it out")
     if args.reward == "sparse" and {"proposal", "llm", "model"} & set(given):
         parser.error("--reward sparse has no R_θ and asks no LLM: leave --proposal, --llm and --model out")
+    frames = 1.05 * args.steps * (84 * 84 * 3 if args.obs == "pixels" else 400) / 2 ** 30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30 if hasattr(os, "sysconf") else math.inf
+    if frames > memory:
+        parser.error(f"--steps {args.steps} needs {frames:.0f} GB of memory for what is lived, and this machine has {memory:.0f}")
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()           # of "meta" there is no value
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     return args, given
 
 
 def main():
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     args, given = parse_args()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")      # θ and █ on a terminal that knows neither
     if args.play:
-        return play(args.play, AGENT, args.episodes, args.frames, args.gif)
+        try:
+            return play(args.play, AGENT, args.episodes, args.frames, args.gif)
+        except KeyboardInterrupt:
+            sys.exit("Stopped.")
     if args.resume:
         run = Run(args.resume, None)
         args = argparse.Namespace(**{**vars(args), **run.settings, **given})

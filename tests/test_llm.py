@@ -443,7 +443,7 @@ def test_replay_gives_the_same_answers_and_says_where_it_departs(tmp_path):
     with pytest.raises(LLMError, match="no longer follows .* exchange 1: the question reads 'rank those'"):
         LLM(Replay(path), lambda exchange: None).ask("rank", "rank those", str)
     path.write_text("not json")
-    with pytest.raises(LLMError, match="not a transcript"):
+    with pytest.raises(LLMError, match="line 1 holds no question"):
         Replay(path)
 
 
