@@ -1,12 +1,10 @@
-"""A run beside the algorithm: the folder it leaves, what it shows on the screen, and watching its policy afterwards."""
+"""A run beside the algorithm: the folder it leaves, the checkpoints it goes on from, what it shows on the screen."""
 
 import contextlib
 import csv
 import io
 import json
 import os
-import signal
-import socket
 import sys
 import tempfile
 import textwrap
@@ -22,8 +20,6 @@ try:
 except ImportError:          # Windows, where nothing keeps two processes apart
     fcntl = None
 
-from drqv2 import DrQV2
-from envs import TASKS, PandaEnv
 from reward import Reward, printable
 
 VERSION = 1      # of checkpoints
@@ -182,16 +178,6 @@ class Run:
         """With settings that may allow more steps, or name another LLM."""
         self.settings, self.steps = settings, settings["steps"]
         self._write("settings.json", json.dumps(settings, indent=2) + "\n")
-
-    def stop_on_signals(self) -> None:
-        """From now on Ctrl-C and SIGTERM ask the run to stop at the end of an episode; a second one stops it at once."""
-        def stop(number, frame):
-            if self.stopping:
-                raise KeyboardInterrupt
-            self.stopping = True
-            print("\nStopping at the end of this episode. Once more stops at once, back at the last checkpoint.", flush=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
 
     def reward(self, task) -> Reward | None:
         """The first reward of a run that goes on, if it has one."""
@@ -372,72 +358,3 @@ def print_analysis(blocked_by, before, params):
     print(f"\n  Asked what blocks the skill, the LLM says: {blocked_by}" + ("" if params else "\n  It changes nothing."))
     for name, value in params.items():
         print(f"    {name:<20} {before[name]:>10.4g} {value:>10.4g}")
-
-
-def display_answers() -> bool:
-    """Whether a window can be opened. On Linux PyBullet waits for ever for an X server that is gone, so ask it first."""
-    host, _, number = os.environ.get("DISPLAY", "").rpartition(":")
-    if sys.platform != "linux":
-        return True
-    number = number.partition(".")[0]
-    local = host in ("", "unix")
-    try:
-        with socket.socket(socket.AF_UNIX if local else socket.AF_INET, socket.SOCK_STREAM) as server:
-            server.settimeout(2)
-            server.connect(f"/tmp/.X11-unix/X{number}" if local else (host, 6000 + int(number)))
-        return True
-    except (OSError, ValueError):
-        return False
-
-
-def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = None, gif: str | None = None) -> None:
-    """Shows the policy in a run's folder in a window, or saves it as pictures: PNG files in the folder `frames`, or one moving GIF.
-
-    agent_settings: arguments of DrQV2 by kind of observation. Exits with one line where there is nothing to play or no
-    way to show it.
-    """
-    try:
-        settings = json.loads((Path(folder) / "settings.json").read_text())
-        task, obs = settings["task"], settings["obs"]
-        state = torch.load(Path(folder) / "policy.pt", map_location="cpu", weights_only=True)
-        if task not in TASKS or obs not in agent_settings:
-            raise ValueError(f"there is no task {task!r} with observations {obs!r}")
-        env = PandaEnv(task, obs, render_mode="rgb_array")
-        agent = DrQV2(env.observation_space.shape, env.action_space.shape, **agent_settings[obs])
-        for name in agent.ACTS:
-            getattr(agent, name).load_state_dict(state[name])
-        if not all(torch.isfinite(p).all() for name in agent.ACTS for p in getattr(agent, name).parameters()):
-            raise ValueError("the policy holds numbers that are not finite")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        sys.exit(f"{folder} holds no policy to play ({reason}); name the folder of a run, such as one under runs/")
-    if frames or gif:
-        try:
-            from PIL import Image
-            Path(frames or gif).parent.mkdir(parents=True, exist_ok=True)
-            if frames:
-                Path(frames).mkdir(exist_ok=True)
-        except ImportError:
-            sys.exit('saving pictures needs Pillow: pip install ".[pictures]"')
-        except OSError as error:
-            sys.exit(f"cannot save pictures at {frames or gif}: {error.strerror}; choose another place")
-    else:
-        if not display_answers():
-            sys.exit("there is no display to open a window on: add --gif FILE or --frames FOLDER to save pictures instead")
-        env.close()
-        env = PandaEnv(task, obs, render_mode="human")
-    pictures = []
-    for episode in range(episodes):
-        obs, info = env.reset(seed=episode)
-        truncated = False
-        while not truncated:
-            if frames or gif:
-                pictures.append(Image.fromarray(env.render()))
-            if frames:
-                pictures.pop().save(Path(frames) / f"episode{episode}-{env.t:02d}.png")
-            obs, _, _, truncated, info = env.step(agent.act(obs, 0, explore=False))
-        print(f"episode {episode}: {'success' if info['success'] else 'no success'}", flush=True)
-    env.close()
-    if gif:
-        pictures = [picture.resize((240, 240)).quantize(64) for picture in pictures[::2]]       # a few hundred kilobytes
-        pictures[0].save(gif, save_all=True, append_images=pictures[1:], duration=100, loop=0)

@@ -2,30 +2,29 @@
 
     python selfalign.py --task touch                    # no API key set: a scripted stand-in plays the LLM
     python selfalign.py --play runs/touch-selfalign-1   # watch the policy
+    python selfalign.py --resume runs/touch-selfalign-1 # go on with a run that was stopped
 
 An LLM writes a parameterised reward R_θ; DrQ-v2 trains on it; every 10,000 steps the LLM ranks some of the
 robot's trajectories; where it disagrees with R_θ, Metropolis-Hastings re-samples θ from the preferences; where it
 agrees and the skill still fails, the LLM says what blocks it. `train` is the algorithm, top to bottom.
 """
 
-import argparse
 import math
-import os
 import sys
 from collections import namedtuple
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from cli import ending, parse_args, play, start
 from drqv2 import DrQV2, ReplayBuffer
 from envs import TASKS, PandaEnv
-from llm import LLM, Answered, LLMError, choose_backend
+from llm import LLM, LLMError
 from mh import Posterior, SamplerError, preference_loss, sample_posterior
 from questions import analyse_failure, propose_reward, rank_attempts
 from reward import Reward
-from run import Run, Screen, State, play, print_analysis, print_posterior, print_ranking
+from run import Run, Screen, State, print_analysis, print_posterior, print_ranking
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ: a period
 EVAL_EVERY = 1_000         # environment steps between two evaluations
@@ -445,107 +444,17 @@ def unblock(llm, task, reward, history, wrong, change, step) -> Change | None:
     return Change(step, "analysis", theta, {**now.prior, **params}, now.posterior if change else None)
 
 
-DEFAULTS = dict(task="touch", reward="selfalign", obs="state", seed=1, steps=60_000, device="cpu", llm="auto",
-                model=os.environ.get("OPENAI_MODEL"), proposal=None, out=None, resume=None, play=None, gif=None, frames=None, episodes=5)
-
-
-def parse_args():
-    """(every flag with its value, the names of those that were given)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
-    parser.add_argument("--task", choices=list(TASKS), help="default: touch")
-    parser.add_argument("--reward", choices=["selfalign", "fixed", "sparse"],
-                        help="selfalign: the whole algorithm (default); fixed: the LLM's first reward; sparse: 1 on success")
-    parser.add_argument("--obs", choices=["state", "pixels"], help="default: state")
-    parser.add_argument("--seed", type=int, help="default: 1")
-    parser.add_argument("--steps", type=int, help="environment steps at most (default: 60000)")
-    parser.add_argument("--device", help="torch device, such as cpu (default) or cuda")
-    parser.add_argument("--llm", metavar="auto|chat|offline|manual|replay:FILE",
-                        help="auto (default): chat where OPENAI_API_KEY or OPENAI_BASE_URL is set, else offline")
-    parser.add_argument("--model", help="the LLM's name at the service (default: OPENAI_MODEL of the environment)")
-    parser.add_argument("--proposal", metavar="FILE", help="start from the reward in FILE (Python, or Markdown with a code "
-                        "block) instead of asking the LLM for one")
-    parser.add_argument("--out", help="folder of the run (default: runs/TASK-REWARD-SEED)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in a folder from its last checkpoint; beside it only "
-                        "--steps, --device, --llm and --model can be given")
-    parser.add_argument("--play", metavar="RUN", help="show the policy of a run's folder instead of training")
-    parser.add_argument("--gif", metavar="FILE", help="with --play: save one moving picture instead of opening a window")
-    parser.add_argument("--frames", metavar="FOLDER", help="with --play: save PNG files instead of opening a window")
-    parser.add_argument("--episodes", type=int, help="with --play: how many (default: 5)")
-    given = vars(parser.parse_args())
-    args = argparse.Namespace(**{**DEFAULTS, **given})
-    if not (0 <= args.seed < 2 ** 63 and 1 <= args.steps <= 10 ** 8 and args.episodes >= 1):
-        parser.error("--seed must be 0 or more and below 2^63, --steps 1 to 100 million, --episodes 1 or more")
-    for mode, allowed in (("play", {"gif", "frames", "episodes"}), ("resume", {"steps", "device", "llm", "model"})):
-        useless = set(given) - allowed - {mode} if mode in given else set()
-        if useless:
-            parser.error(f"--{min(useless)} does nothing beside --{mode}, which takes it from the run's folder: leave it out")
-    useless = {"gif", "frames", "episodes"} & set(given) if "play" not in given else set()
-    if useless:
-        parser.error(f"--{min(useless)} does nothing without --play RUN: leave it out")
-    if args.reward == "sparse" and {"proposal", "llm", "model"} & set(given):
-        parser.error("--reward sparse has no R_θ and asks no LLM: leave --proposal, --llm and --model out")
-    frames = 1.05 * args.steps * (84 * 84 * 3 if args.obs == "pixels" else 400) / 2 ** 30
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30 if hasattr(os, "sysconf") else math.inf
-    if frames > memory:
-        parser.error(f"--steps {args.steps} needs {frames:.0f} GB of memory for what is lived, and this machine has {memory:.0f}")
-    try:
-        torch.zeros(1, device=args.device).item()           # of "meta" there is no value
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    return args, given
-
-
 def main():
     sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
-    args, given = parse_args()
+    args = parse_args(__doc__)
     if args.play:
-        try:
-            return play(args.play, AGENT, args.episodes, args.frames, args.gif)
-        except KeyboardInterrupt:
-            sys.exit("Stopped.")
-    if args.resume:
-        run = Run(args.resume, None)
-        args = argparse.Namespace(**{**vars(args), **run.settings, **given})
-        finished = run.finished(args.steps)
-        if finished:
-            return print(f"{args.resume} is finished: {finished}")
-    if args.obs == "state":
-        torch.set_num_threads(1)      # networks this small lose time to a second thread
-    asks = args.reward == "selfalign" or args.reward == "fixed" and not args.proposal
-    try:
-        backend, who = choose_backend(args.llm, args.model) if asks else (None, "none is asked")
-    except LLMError as error:
-        sys.exit(f"selfalign: {error}")
-    settings = {name: getattr(args, name) for name in DEFAULTS if name not in ("resume", "play", "gif", "frames", "episodes")}
-    if args.resume:
-        run.go_on(settings)
-    else:
-        run = Run(args.out or next(name for name in (f"runs/{args.task}-{args.reward}-{args.seed}{suffix}" for suffix in
-                                                     ["", *(f"-{i}" for i in range(2, 10_000))]) if not Path(name).exists()), settings)
-    task, llm = TASKS[args.task], LLM(Answered(run.answered, backend), run.exchange)
-    print(f"Task: {task.name}. {task.goal}\nReward: {args.reward}, observations: {args.obs}, seed {args.seed}. "
-          f"Everything is kept in {run.folder}.\nLLM: {who}", flush=True)
-    run.stop_on_signals()
-    try:
-        steps = train(lambda: PandaEnv(task, args.obs), task, llm, run, args.reward, args.seed, args.steps, args.device, args.proposal)
-        print(f"\nDone: {task.name} reached {EVAL_EPISODES} of {EVAL_EPISODES} at {steps:,} environment steps, and again "
+        return play(args.play, AGENT, args.episodes, args.frames, args.gif)
+    run, llm = start(args)
+    with ending(run, llm):
+        steps = train(lambda: PandaEnv(args.task, args.obs), TASKS[args.task], llm, run, args.reward, args.seed, args.steps, args.device,
+                      args.proposal)
+        print(f"\nDone: {args.task} reached {EVAL_EPISODES} of {EVAL_EPISODES} at {steps:,} environment steps, and again "
               f"{EVAL_EVERY:,} steps later." if steps else f"\nNot learnt within {args.steps:,} environment steps.")
-    except LLMError as error:
-        folder = run.close()
-        sys.exit(f"\nselfalign: {error}" + (f"\nEvery exchange is in {folder}/llm.jsonl." if llm.exchanges else ""))
-    except FloatingPointError as error:
-        folder = run.close()
-        sys.exit(f"\nselfalign: {error}. The last checkpoint, from before, is in {folder}; a reward of smaller numbers is the cure "
-                 "(--proposal FILE)")
-    except KeyboardInterrupt:
-        print(f"\nStopped. Go on:  python selfalign.py --resume {run.folder}")
-    folder = run.close()
-    if llm.exchanges:
-        print(f"LLM: {llm.exchanges} exchanges" + (f", {llm.prompt_tokens:,} + {llm.completion_tokens:,} tokens, {llm.seconds:.0f} s."
-                                                   if llm.prompt_tokens else "."))
-    if (folder / "policy.pt").exists():
-        print(f"Watch it:  python selfalign.py --play {folder}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The client against a socket server on loopback that misbehaves; the readers against what LLMs really write."""
 
+import gzip
 import itertools
 import json
 import re
@@ -174,6 +175,108 @@ def test_tokens_that_are_no_numbers_count_as_none(ask):
     reply = {"choices": [{"message": {"content": "RANKING: 1"}}], "usage": {"prompt_tokens": "many", "completion_tokens": 7}}
     assert ask(http(json.dumps(reply)))[3][0]["prompt_tokens"] == 0
     assert ask(http(json.dumps({**reply, "usage": None})))[3][0]["completion_tokens"] == 0
+
+
+def raw(head, body=b""):
+    return head.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize("answer, words", [
+    (raw("HTTP/1.1 302 Found\nLocation: http://[::1\nContent-Length: 0"), "302"),
+    (raw("HTTP/1.1 302 Found\nLocation: \xff\xfe\x80\nContent-Length: 0"), "302"),
+    (raw("HTTP/1.1 301 Moved\nLocation: //:x@@:99999999/\nContent-Length: 0"), "301"),
+    (raw("HTTP/1.1 307 Temporary\nLocation: http://exa mple\nContent-Length: 0"), "307"),
+    (raw("HTTP/1.1 308 Permanent\nLocation: gopher://x\nContent-Length: 0"), "308")])
+def test_a_redirect_is_not_followed_wherever_it_leads(ask, answer, words):
+    result, server, *_ = ask(answer)
+    assert isinstance(result, LLMError) and words in str(result) and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("answer", [
+    raw("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", b"-5\r\nhello\r\n0\r\n\r\n"), raw("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", b"zz\r\n"),
+    raw("HTTP/1.1 200 OK\nContent-Length: -7", b"{}"), raw("HTTP/1.1 200 OK\nContent-Length: 99", b"{}"), b"\x00\x01\x02\r\n\r\n", b"",
+    raw("HTTP/9.9 200 OK\nContent-Length: 2", b"{}")])
+def test_a_reply_that_breaks_the_rules_is_asked_for_again(ask, answer):
+    result, server, *_ = ask(answer, completion("fine"))
+    assert result == "fine" and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("value", ["Mon, 01 Jan 99999999 00:00:00 GMT", "1e999", "nan", "-5", "Mon, 01 Jan 0000 00:00:00 -9999", "soon", "9" * 400])
+def test_any_retry_after_is_understood_or_ignored(ask, value):
+    result, server, waits, _ = ask(http("busy", "429 Too Many Requests", f"Retry-After: {value}"), completion("fine"))
+    assert result == "fine" and max(waits) <= 2 or "asks to wait" in str(result)
+
+
+def test_what_is_compressed_is_not_unpacked(ask):
+    bomb = gzip.compress(gzip.compress(b"x" * 50_000_000))
+    result, server, *_ = ask(http(bomb, "200 OK", "Content-Encoding: gzip, gzip"), completion("fine"))
+    assert result == "fine" and "Accept-Encoding: identity" in server.requests[0][0]
+
+
+def test_the_body_of_a_redirect_is_bounded_too(ask, monkeypatch):
+    monkeypatch.setattr(llm, "MAX_BYTES", 50_000)
+    result, *_ = ask(raw("HTTP/1.1 302 Found\nLocation: /\nContent-Length: 3000000", b"x" * 3_000_000))
+    assert "larger than" in str(result)
+
+
+def test_a_question_is_bounded_as_a_whole_and_the_screen_shows_who_is_waited_for(ask, monkeypatch, capsys):
+    monkeypatch.setattr(llm, "QUESTION_TIMEOUT", 1.0)
+    result, server, waits, _ = ask(silence)
+    assert isinstance(result, LLMError) and len(server.requests) + len(waits) <= 5
+    assert "Waiting for some-model at http://127.0.0.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("escaped", [KEY.replace("s", "\\u0073", 1), KEY.replace("-", "\\u002d"), "".join(f"\\u{ord(c):04x}" for c in KEY)])
+def test_a_key_that_json_escapes_is_cleaned_too(ask, escaped, capsys):
+    for answer in (http('{"error": {"message": "bad key %s"}}' % escaped, "401 Unauthorized"), http('{"odd": "%s"}' % escaped),
+                   http('{"choices": [{"message": {"content": "%s"}}]}' % escaped)):
+        result, _, _, exchanges = ask(answer, completion("fine"))
+        kept = str(result) + json.dumps(exchanges) + capsys.readouterr().out
+        assert KEY not in kept and escaped not in kept and "[key]" in kept
+
+
+@pytest.mark.parametrize("url, variable, value, words", [
+    ("https", None, None, "write http://"), ("http://.example.com/v1", None, None, "is not an address"),
+    ("http://a..b/v1", None, None, "is not an address"), ("http://[::1/v1", None, None, "is not an address"),
+    ("https://127.0.0.1:9/v1", "REQUESTS_CA_BUNDLE", "/nowhere/bundle.pem", "REQUESTS_CA_BUNDLE"),
+    ("http://example.invalid/v1", "ALL_PROXY", "http://", "proxy"), ("http://example.invalid/v1", "HTTP_PROXY", "http://", "proxy")])
+def test_lasting_causes_are_named_rightly(url, variable, value, words, ask, monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, value)
+    if url == "https":
+        plain = Server(b"")
+        plain._answer = lambda connection: (connection.recv(100), connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), connection.close())
+        url = plain.url.replace("http://", "https://")
+    result, *_ = ask(completion("x"), url=url)
+    assert isinstance(result, LLMError) and words in str(result), result
+
+
+@pytest.mark.parametrize("text", [
+    "<" * 200_000, "RANKING: " + " > ".join(map(str, range(1, 20_001))), "{" * 300_000, '{"a":' * 60_000, "[" * 300_000,
+    "RANKING: [" + "[" * 99_000, "1 " * 40_000, "```" * 30_000, "def " * 20_000], ids=range(9))
+def test_nothing_that_is_sent_takes_long(ask, text):
+    started = time.process_time()
+    ask(http(text, "400 Bad Request"))
+    for read in (lambda t: read_ranking(t, 48), lambda t: read_analysis(t, {"w": 1.0}), read_code):
+        ask(completion(text), parse=read)
+    assert time.process_time() - started < 20                         # it was minutes
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"prompt": "a", "reply": "b"}\n\n', None), ('\ufeff{"prompt": "a", "reply": "b"}', None),
+    ('{"prompt": "a", "reply": "b", "prompt_tokens": "many"}', None), ('{"prompt": "a", "reply": "b"}\n{"prompt": 5, "reply": "c"}', "line 2"),
+    ('{"prompt": "a", "reply": 7}', "line 1"), ('{"prompt": "a", "reply": "b"}\n[]\n', "line 2"), ("5", "line 1"), ('\n\n{"prompt": ', "line 3"),
+    ('{"prompt": "a"}', "line 1"), ("[" * 100_000, "line 1")], ids=range(10))
+def test_transcripts_are_read_or_the_line_is_named(content, words, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text(content, encoding="utf-8")
+    if words is None:
+        assert Replay(path)([{"content": "a"}]).text == "b"
+    else:
+        with pytest.raises(LLMError, match=words):
+            Replay(path)
 
 
 def test_refused_connection_and_a_wrong_address(ask):

@@ -5,11 +5,13 @@ import json
 import os
 import re
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+import cli
 import run as run_module
 import selfalign
 from envs import Feature, PandaEnv, Space, Task
@@ -256,5 +258,87 @@ def test_a_signal_stops_at_the_end_of_the_episode_and_the_command_line_goes_on(n
     selfalign.main()
     assert re.search(r"Going on from the checkpoint at \d+ steps", capsys.readouterr().out)
     assert files(stopped) == files(whole)
-    selfalign.main()
+    with pytest.raises(SystemExit):
+        selfalign.main()
     assert "is finished" in capsys.readouterr().out
+
+
+def test_what_is_printed_cannot_steer_a_terminal_and_a_closed_pipe_ends_nothing(capsys):
+    screen = run_module.Screen(sys.stdout)
+    print("a\x1b[2Jb\x07c\u202ed\re\n\tθ █", file=screen)
+    assert capsys.readouterr().out == "a?[2Jb?c?d?e\n\tθ █\n"
+    read, write = os.pipe()
+    os.close(read)
+    broken = run_module.Screen(open(write, "w"))
+    for _ in range(3):
+        print("x" * 100_000, file=broken, flush=True)
+    with open("/dev/full", "w") as full, pytest.raises(OSError):
+        print("x" * 100_000, file=run_module.Screen(full), flush=True)
+        full.close()                                                  # nothing before has raised
+
+
+def test_a_reward_cannot_steer_a_terminal_and_its_file_is_as_clean():
+    source = 'def r(distance, w=1.0):  # \x1b[31mred\u202e\r\n    """\x07"""\n    return {"a": w * distance}'
+    reward = run_module.Reward(source, TASK.features)
+    assert reward.source == run_module.printable(reward.source) and "\x1b" not in reward.python({"w": 2.0})
+    assert reward.params == {"w": 1.0} and reward.total({"distance": 2.0}) == 2.0
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """A folder with a policy that --play takes."""
+    folder = tmp_path_factory.mktemp("played")
+    (folder / "settings.json").write_text(json.dumps({"task": "touch", "obs": "state", "seed": 1}))
+    agent = selfalign.DrQV2((24,), (4,), **selfalign.AGENT["state"])
+    torch.save({name: agent.state_dict()[name] for name in agent.ACTS}, folder / "policy.pt")
+    return folder
+
+
+@pytest.mark.parametrize("name, content", [
+    ("settings.json", None), ("settings.json", b""), ("settings.json", b"[]"), ("settings.json", b"\xff"),
+    ("settings.json", b'{"task": "touch"}'), ("settings.json", b'{"task": ["touch"], "obs": "state"}'),
+    ("settings.json", b'{"task": "fly", "obs": "state"}'), ("settings.json", b'{"task": "touch", "obs": 5}'),
+    ("settings.json", b'{"task": "touch", "obs": "pixels"}'), ("settings.json", "a folder"),
+    ("policy.pt", None), ("policy.pt", b""), ("policy.pt", b"PK\x03\x04"), ("policy.pt", "cut"), ("policy.pt", Foreign()),
+    ("policy.pt", [1]), ("policy.pt", {}), ("policy.pt", {"encoder": {}, "greedy": {}}), ("policy.pt", {"encoder": {}, "greedy": 3}),
+    ("policy.pt", "nan"), ("policy.pt", {"encoder": {}, "greedy": {"trunk.0.weight": torch.zeros(1)}})])
+def test_a_damaged_folder_is_not_played_and_says_why_in_one_line(name, content, played, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("settings.json", "policy.pt"):
+        (tmp_path / file).write_bytes((played / file).read_bytes())
+    path = tmp_path / name
+    if content is None:
+        path.unlink()
+    elif content == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif content == "nan":
+        state = torch.load(path, weights_only=True)
+        next(iter(state["greedy"].values())).fill_(float("nan"))
+        torch.save(state, path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(SystemExit) as stop:
+        cli.play(str(tmp_path), selfalign.AGENT, 1)
+    assert "holds no policy to play" in str(stop.value) and "\n" not in str(stop.value)
+    assert not (tmp_path / "foreign-code-ran").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for an X server")
+@pytest.mark.parametrize("display", ["", ":987", "nonsense", "127.0.0.1:987"])
+def test_a_display_that_is_gone_is_not_waited_for(display, played, monkeypatch):
+    monkeypatch.setenv("DISPLAY", display)
+    with pytest.raises(SystemExit, match="no display"):
+        cli.play(str(played), selfalign.AGENT, 1)
+
+
+def test_pictures_go_where_they_can(played, tmp_path):
+    pytest.importorskip("PIL")
+    (tmp_path / "file").write_text("")
+    for where in ({"frames": str(tmp_path / "file")}, {"frames": str(tmp_path / "file" / "x")}, {"gif": str(tmp_path / "file" / "x.gif")}):
+        with pytest.raises(SystemExit, match="choose another place"):
+            cli.play(str(played), selfalign.AGENT, 1, **where)

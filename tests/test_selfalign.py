@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -56,7 +57,7 @@ def rows(path):
 def test_loop_end_to_end_and_what_it_leaves(task, small, capsys):
     folder = small("--task", task)
     screen = capsys.readouterr().out
-    for words in ("NOT a language model", "def reward(", "steps/s", "Not learnt"):
+    for words in ("NOT a language model", "def reward(", "steps/s", "Not learnt", f"Watch it:  python selfalign.py --play {folder}"):
         assert words in screen
     assert [int(row["step"]) for row in rows(folder / "metrics.csv")] == [200, 400, 600]
     assert json.loads((folder / "settings.json").read_text())["task"] == task
@@ -107,8 +108,11 @@ def test_baselines_never_change_the_reward(reward, small):
     assert (folder / "reward.py").exists() == (reward == "fixed")
 
 
-def test_pixels_run_and_stay_finite(small):
+def test_pixels_run_and_stay_finite(small, monkeypatch):
+    buffers, real = [], selfalign.ReplayBuffer.__init__
+    monkeypatch.setattr(selfalign.ReplayBuffer, "__init__", lambda self, *a, **k: (real(self, *a, **k), buffers.append(self))[0])
     folder = small("--obs", "pixels", steps=300)
+    assert buffers[0].obs.shape[1:] == (3, 84, 84)                   # each frame is kept once
     for row in rows(folder / "metrics.csv"):
         assert all(np.isfinite(float(value)) and abs(float(value)) < 1e3 for name, value in row.items() if name != "step")
 
@@ -224,11 +228,25 @@ def test_nothing_is_asked_while_the_robot_gets_better(update):
     assert [name for name, *_ in called] == ["analyse"]
 
 
+def test_the_newest_quarter_of_a_period_is_compared_with_the_half_before_it(update):
+    for ages, asked in (([0.5, 0.5, 0.5, 0.0, 0.24, 0.24][::-1], 0), ([0.5, 0.5, 0.5, 0.26, 0.26, 0.26][::-1], 1),      # none is new
+                        ([0.26, 0.7, 0.74, 0.0, 0.1, 0.2], 0), ([0.76, 0.8, 0.9, 0.0, 0.1, 0.2], 1)):         # none to compare with
+        change, called = update(LONGEST_FIRST, age=np.array(ages if ages[0] != 0.24 else ages[::-1]), changes=agreeing())
+        assert called == [("analyse",)] * asked, ages
+
+
+@pytest.mark.parametrize("mean_success, both", [(0.0, True), (0.1, True), (0.101, False), (0.5, False)])
+def test_a_tenth_of_success_is_hardly_any(update, mean_success, both):
+    mean = {**offline_reward("touch").params, "contact_threshold": 0.05}
+    called = update(LONGEST_FIRST, mean, successes=[1.0] * 5 + [mean_success] * 10)[1]        # earlier periods do not count
+    assert [name for name, *_ in called] == ["sample", "analyse"][:1 + both]
+
+
 def test_a_change_after_which_the_robot_is_worse_is_undone(update):
     first = agreeing()[0]
     worse = {**first.theta, "contact_weight": 9.0}
     changes = [first, selfalign.Change(10_000, "analysis", worse, worse)]
-    earlier_best, same = np.array([0.0, 0.1, 0.2, 1.0, 1.1, 1.2]), np.full(6, 0.5)
+    earlier_best, same = np.array([0.0, 0.1, 0.24, 1.0, 1.1, 1.99]), np.full(6, 0.5)
     change, called = update(LONGEST_FIRST, age=earlier_best, changes=changes, step=20_000)
     assert (change.step, change.cause, change.theta, change.prior) == (20_000, "undone", first.theta, first.prior) and not called
     change, called = update(LONGEST_FIRST, age=earlier_best[::-1], changes=changes, step=20_000)      # better now: kept
@@ -467,7 +485,7 @@ def test_every_line_of_the_algorithm_gets_what_it_should(small, monkeypatch, tmp
 
     # The buffer's rewards are the new θ's, up to a centre and a scale.
     acted = np.flatnonzero(run.state.buffer.acted)
-    stored, lived = run.state.buffer.reward[acted], run.buffer.features[acted]
+    stored, lived = run.state.buffer.reward[acted], run.state.buffer.features[acted]
     new = 3 * lived[:, 1] + lived[:, 2]
     scale, centre = np.polyfit(new, stored, 1)
     assert scale > 0
@@ -587,6 +605,22 @@ def test_no_placeholder_is_left_in_a_prompt(task):
         assert "$" not in text and TASKS[task].goal in text
         assert ("limit is broken" in text) == bool(TASKS[task].limits)
     assert ("breaks a limit" in asked[1]) == bool(TASKS[task].limits)
+
+
+def test_an_analysis_sees_attempts_from_the_best_to_the_worst_reward():
+    asked, names = [], list(TASKS["touch"].features)
+    reward = Reward("def r(contact_force, w=1.0):\n    return {'touch': w * contact_force}", names)
+    taus = touches(30, force=1.0)
+    order = np.random.default_rng(0).permutation(30)
+
+    def backend(messages):
+        asked.append(messages[0]["content"])
+        return Reply('{"blocked_by": "x", "params": {}}')
+    questions.analyse_failure(LLM(backend, lambda exchange: None), TASKS["touch"], reward, [taus[i] for i in order], 0.1,
+                              [selfalign.Change(0, "proposal", reward.params, {})], [(2000, 0.0)])
+    paid = [float(value) for value in re.findall(r"reward per step ([\d.e-]+) =", asked[0])]
+    assert len(paid) == questions.ANALYSED and paid == sorted(paid, reverse=True)
+    assert paid[0] == pytest.approx(29 / 50) and paid[-1] == 0                         # the best and the worst are among them
 
 
 def test_an_analysis_that_makes_the_reward_infinite_goes_back():
@@ -724,7 +758,7 @@ def test_a_full_disk_costs_nothing_that_was_learnt(small, monkeypatch, capsys):
     monkeypatch.setattr(Path, "write_bytes", full)
     small()
     errors = capsys.readouterr().err
-    assert errors.count("No space left on device") <= 7 and "kept in memory" in errors
+    assert errors.count("No space left on device") <= 7 and "goes to the temporary folder" in errors
     rescue = Path(errors.strip().splitlines()[-1].split(" is in ")[1].rstrip("."))
     assert len(rows(rescue / "metrics.csv")) == 3 and (rescue / "policy.pt").exists()
 
@@ -742,16 +776,20 @@ def test_play_repeats_a_policy_and_saves_frames(small, monkeypatch, tmp_path, ca
         selfalign.main()
         assert len(list((tmp_path / "frames").iterdir())) == 50
     monkeypatch.setattr(sys, "argv", ["selfalign.py", "--play", str(tmp_path / "nothing")])
-    with pytest.raises(SystemExit, match="no finished run"):
+    with pytest.raises(SystemExit, match="no policy to play"):
         selfalign.main()
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--task", "fly"], "touch"), (["--steps", "0"], "--steps"), (["--seed", "-1"], "--seed"), (["--device", "abacus"], "--device"),
-    (["--llm", "oracle"], "replay:FILE"), (["--llm", "chat"], "--model"), (["--llm", "replay:none.jsonl"], "none.jsonl"),
+    (["--seed", str(2 ** 63)], "--seed"), (["--steps", "100000000", "--obs", "pixels"], "memory"), (["--device", "meta"], "--device"),
+    (["--gif", "x.gif"], "--play"), (["--episodes", "2"], "--play"), (["--play", "x", "--seed", "2"], "--seed does nothing"),
+    (["--resume", "x", "--task", "push"], "does nothing beside --resume"), (["--reward", "sparse", "--model", "m"], "sparse"),
+    (["--resume", "nowhere"], "No such file"), (["--llm", "oracle"], "replay:FILE"), (["--llm", "chat"], "--model"), (["--llm", "replay:none.jsonl"], "none.jsonl"),
     (["--out", "/proc/nowhere"], "--out"), (["--out", str(ROOT)], "not empty")])
 def test_wrong_flags_get_one_clear_error(flags, words, small, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["selfalign.py", *(["--out", str(tmp_path / "x")] if "--out" not in flags else []), *flags])
+    monkeypatch.setattr(sys, "argv", ["selfalign.py", *(["--out", str(tmp_path / "x")] if not {"--out", "--play", "--resume"} & set(flags)
+                                                        else []), *flags])
     with pytest.raises(SystemExit) as stop:
         selfalign.main()
     assert words in (str(stop.value) + capsys.readouterr().err)
