@@ -18,6 +18,7 @@ from envs import TASKS, PandaEnv
 from llm import LLM, Answered, LLMError, choose_backend
 from run import Run
 
+REWARDS, OBSERVATIONS = ("selfalign", "fixed", "sparse"), ("state", "pixels")
 DEFAULTS = dict(task="touch", reward="selfalign", obs="state", seed=1, steps=60_000, device="cpu", llm="auto",
                 model=os.environ.get("OPENAI_MODEL"), proposal=None, out=None, resume=None, play=None, gif=None, frames=None, episodes=5)
 
@@ -27,9 +28,9 @@ def parse_args(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("--task", choices=list(TASKS), help="default: touch")
-    parser.add_argument("--reward", choices=["selfalign", "fixed", "sparse"],
+    parser.add_argument("--reward", choices=REWARDS,
                         help="selfalign: the whole algorithm (default); fixed: the LLM's first reward; sparse: 1 on success")
-    parser.add_argument("--obs", choices=["state", "pixels"], help="default: state")
+    parser.add_argument("--obs", choices=OBSERVATIONS, help="default: state")
     parser.add_argument("--seed", type=int, help="default: 1")
     parser.add_argument("--steps", type=int, help="environment steps at most (default: 60000)")
     parser.add_argument("--device", help="torch device, such as cpu (default) or cuda")
@@ -79,6 +80,8 @@ def start(args: argparse.Namespace) -> tuple[Run, LLM]:
     if args.resume:
         run = Run(args.resume, None)
         vars(args).update({**run.settings, **args.given})
+        if args.task not in TASKS or args.reward not in REWARDS or args.obs not in OBSERVATIONS:
+            sys.exit(f"{args.resume} is a run of {args.task!r} with {args.reward!r} from {args.obs!r}, which there is not here")
         finished = run.finished(args.steps)
         if finished:
             print(f"{args.resume} is finished: {finished}")
@@ -123,6 +126,8 @@ def ending(run: Run, llm: LLM):
     except KeyboardInterrupt:
         print(f"\nStopped. Go on:  python selfalign.py --resume {run.folder}")
     folder = run.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if failure:
         sys.exit(f"\nselfalign: {failure}")
     if llm.exchanges:

@@ -15,12 +15,12 @@ from pickle import UnpicklingError
 import numpy as np
 import torch
 
+from reward import Reward, printable
+
 try:
     import fcntl
 except ImportError:          # Windows, where nothing keeps two processes apart
     fcntl = None
-
-from reward import Reward, printable
 
 VERSION = 1      # of checkpoints
 
@@ -150,6 +150,9 @@ class Run:
         try:
             self.content["settings.json"] = (self.folder / "settings.json").read_bytes()
             self.settings = json.loads(self.content["settings.json"])
+            if not all(type(self.settings[name]) is kind for name, kind in
+                       (("task", str), ("reward", str), ("obs", str), ("seed", int), ("steps", int))):
+                raise ValueError("settings.json holds other kinds of values than a run's")
             asked = (self.folder / "llm.jsonl").read_bytes() if (self.folder / "llm.jsonl").exists() else b""
             if (self.folder / "checkpoint.pt").exists():
                 # weights_only: numbers, texts and tensors, and no code.
@@ -159,7 +162,8 @@ class Run:
                 if any(self.saved["settings"][name] != self.settings[name] for name in ("task", "reward", "obs", "seed")):
                     raise ValueError("checkpoint.pt is of other settings than settings.json")
                 self.content.update((name, text.encode()) for name, text in self.saved["files"].items())
-                self.pieces, self.rows_saved, self.bytes_saved = (self.saved[name] for name in ("pieces", "rows", "bytes"))
+                self.pieces, self.rows_saved, self.bytes_saved, *_ = (
+                    self.saved[name] for name in ("pieces", "rows", "bytes", "step", "learnt"))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, UnpicklingError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             sys.exit(f"{self.folder} holds no run that can go on: {reason[0][:200]}")
@@ -181,7 +185,12 @@ class Run:
 
     def reward(self, task) -> Reward | None:
         """The first reward of a run that goes on, if it has one."""
-        return Reward(self.saved["r_theta"]["source"], task.features) if self.saved and "r_theta" in self.saved else None
+        if self.saved is None or "r_theta" not in self.saved:
+            return None
+        try:
+            return Reward(self.saved["r_theta"]["source"], task.features)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            sys.exit(f"the checkpoint in {self.folder} is damaged: {error}; it cannot go on")
 
     def restore(self) -> bool:
         """Brings `state` to where the run's checkpoint stands; False for a run that has none. Exits where it cannot be read."""

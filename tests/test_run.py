@@ -223,13 +223,13 @@ def test_a_checkpoint_that_is_not_its_own_is_refused_in_one_line(go, tmp_path, m
     refused("holds no run that can go on")
     assert not (tmp_path / "foreign-code-ran").exists()
     for content, words in (({**saved, "version": 0}, "version 0"), ([1, 2], "holds no run"), ({**saved, "agent": {}}, "damaged"),
-                           ({name: saved[name] for name in saved if name != "step"}, "damaged"),
-                           ({**saved, "pieces": [[0, 10 ** 9, ["obs"]]]}, "damaged"), ({**saved, "generators": [1]}, "damaged")):
+                           ({name: saved[name] for name in saved if name != "step"}, "holds no run"),
+                           ({**saved, "pieces": [[0, 10 ** 9, ["obs"]]]}, "damaged"), ({**saved, "generators": [1]}, "damaged"), ({**saved, "r_theta": {"source": "x"}}, "damaged"), ({**saved, "r_theta": 3}, "damaged")):
         torch.save(content, folder / "checkpoint.pt")
         refused(words)
     (folder / "settings.json").write_bytes(good["settings.json"].replace(b'"seed": 5', b'"seed": 2'))
     refused("other settings")
-    for settings in (b"{", b"[]", b"{}", b"\xff"):
+    for settings in (b"{", b"[]", b"{}", b"\xff", b"null", good["settings.json"].replace(b"600", b'"600"')):
         (folder / "settings.json").write_bytes(settings)
         refused("holds no run that can go on")
     for cut in (0, 10, len(good["buffer.bin"]) - 10):
