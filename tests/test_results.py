@@ -1,6 +1,7 @@
 """The README's tables of results against the raw numbers in results/."""
 
 import csv
+import re
 import statistics
 from pathlib import Path
 
@@ -68,6 +69,23 @@ def test_steps_with_the_stand_in_and_with_a_language_model(task):
 @pytest.mark.parametrize("task, proposal", REAL)
 def test_steps_with_proposals_of_a_language_model(task, proposal):
     assert real_row(task, proposal) in README
+
+
+def test_the_bench():
+    with open(ROOT / "results" / "bench.csv") as file:
+        rows = list(csv.DictReader(file))
+    text = " ".join(README.split())
+    losses = []
+    for wrong, count in ((False, 18), (True, 88)):
+        some = [row for row in rows if bool(row["parameter"]) == wrong]
+        held, held_after, late, late_after = (statistics.mean(float(row[f"{kind}_{when}"]) for row in some)
+                                              for kind in ("held", "late") for when in ("before", "after"))
+        assert len(some) == count and f"({count} cases)" in text
+        for before, after in ((held, held_after), (late, late_after)):
+            assert re.search(rf"{before:.3f} (of the pairs before )?and {after:.3f}", text)
+        losses += [round(float(row[f"{kind}_before"]) - float(row[f"{kind}_after"]), 3) for row in some for kind in ("held", "late")]
+    assert sorted(loss for loss in losses if loss > 0.01) == [0.017, 0.036]
+    assert all(float(row["rhat"]) < 1.05 and float(row["ess"]) > 200 for row in rows if row["rhat"] != "nan")
 
 
 if __name__ == "__main__":           # the tables' rows, to be put into the README
