@@ -122,7 +122,7 @@ def ending(run: Run, llm: LLM):
     except LLMError as error:
         failure = f"{error}" + (f"\nEvery exchange is in {run.folder}/llm.jsonl." if llm.exchanges else "")
     except FloatingPointError as error:
-        failure = f"{error}. The last checkpoint, from before, is kept; a reward of smaller numbers is the cure (--proposal FILE)."
+        failure = f"{error}. The last checkpoint, from before, is kept. A reward of smaller numbers is the cure: --proposal FILE."
     except KeyboardInterrupt:
         print(f"\nStopped. Go on:  python selfalign.py --resume {run.folder}")
     folder = run.close()

@@ -21,6 +21,7 @@ What differs from the authors' code (github.com/facebookresearch/drqv2):
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -179,7 +180,8 @@ class DrQV2:
         """One gradient step for critic and encoder (equation 1), actor (equation 2) and target (EMA).
 
         batch: numpy arrays (obs, action, reward, discount, next_obs) as `ReplayBuffer.sample` gives them.
-        Returns a dict of floats: critic_loss, actor_loss, q (mean of Q_θ1 over the batch).
+        Returns a dict of floats: critic_loss, actor_loss, q (mean of Q_θ1 over the batch). Raises FloatingPointError
+        where a loss is not finite: the networks are lost then.
         """
         obs, action, reward, discount, next_obs = (torch.as_tensor(a, device=self.device).float() for a in batch)
         reward, discount = reward.unsqueeze(1), discount.unsqueeze(1)
@@ -212,7 +214,10 @@ class DrQV2:
             for slow, fast, rate in ((self.critic_target, self.critic, self.tau), (self.greedy, self.actor, self.average)):
                 for p, q in zip(slow.parameters(), fast.parameters()):
                     p.lerp_(q, rate)
-        return {"critic_loss": critic_loss.item(), "actor_loss": actor_loss.item(), "q": q1.mean().item()}
+        losses = {"critic_loss": critic_loss.item(), "actor_loss": actor_loss.item(), "q": q1.mean().item()}
+        if not all(map(math.isfinite, losses.values())):
+            raise FloatingPointError(f"the losses are no longer numbers: {losses}")
+        return losses
 
     def state_dict(self) -> dict:
         """Everything that learning goes on from: the networks' and the optimisers' states."""

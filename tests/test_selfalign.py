@@ -835,15 +835,19 @@ def test_what_the_critic_gets_is_finite_and_bounded_and_what_is_not_is_named_onc
     assert questions.strange_note(offline_reward("touch")) == ""
 
 
-def test_losses_that_are_no_numbers_stop_the_run_with_its_last_checkpoint(small, monkeypatch):
-    real, calls = selfalign.DrQV2.update, [0]
+def test_losses_that_are_no_numbers_stop_the_run_with_its_last_checkpoint(small, monkeypatch, tmp_path):
+    real, calls = selfalign.ReplayBuffer.sample, [0]
 
-    def update(agent, batch, step):
+    def sample(buffer, size):
         calls[0] += 1
-        return {**real(agent, batch, step), **({"critic_loss": float("nan")} if calls[0] > 200 else {})}
-    monkeypatch.setattr(selfalign.DrQV2, "update", update)
-    with pytest.raises(SystemExit, match="no longer numbers at 502 steps(?s:.*)last checkpoint"):
-        small("--reward", "fixed")
+        obs, action, reward, discount, next_obs = real(buffer, size)
+        return obs, action, np.full_like(reward, np.nan) if calls[0] > 200 else reward, discount, next_obs
+    monkeypatch.setattr(selfalign.ReplayBuffer, "sample", sample)
+    with pytest.raises(SystemExit, match="no longer numbers(?s:.*)last checkpoint"):
+        small("--reward", "fixed", "--out", str(tmp_path / "nan"))
+    assert calls[0] == 201
+    state = torch.load(tmp_path / "nan" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 400 and all(torch.isfinite(p).all() for p in state["agent"]["critic"].values())
 
 
 def test_a_trajectory_of_infinite_return_does_not_cost_the_others():
