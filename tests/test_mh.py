@@ -330,6 +330,51 @@ def test_effective_sample_size_of_an_autoregression():
     assert effective_sample_size(x) == pytest.approx(8 * 4000 * (1 - rho) / (1 + rho), rel=0.2)
 
 
+def restated(chains):
+    """(R-hat, effective sample size) of one parameter by Gelman et al. (2013), equations 11.3, 11.4, 11.7 and 11.8, step by step."""
+    halves = [part for chain in chains for part in (chain[:len(chain) // 2], chain[-(len(chain) // 2):])]
+    m, n = len(halves), len(halves[0])
+    means = [sum(half) / n for half in halves]
+    grand = sum(means) / m
+    between = n / (m - 1) * sum((mean - grand) ** 2 for mean in means)
+    within = sum(sum((x - mean) ** 2 for x in half) / (n - 1) for half, mean in zip(halves, means)) / m
+    variance = (n - 1) / n * within + between / n
+
+    def rho(t):
+        if t == 0:
+            return 1.0
+        # The autocovariance, as Stan estimates it, in place of the variogram of equation 11.7.
+        covariance = sum(sum((half[i] - mean) * (half[i + t] - mean) for i in range(n - t)) / n for half, mean in zip(halves, means)) / m
+        return 1 - (within - covariance) / variance
+    total, smallest = 0.0, math.inf
+    for k in range(n // 2):
+        pair = rho(2 * k) + rho(2 * k + 1)
+        if pair <= 0:
+            break
+        smallest = min(smallest, pair)
+        total += smallest
+    return math.sqrt(variance / within), m * n / max(2 * total - 1, 1 / math.log10(m * n))
+
+
+@pytest.mark.parametrize("rho, drift", [(0.0, 0.0), (0.7, 0.0), (-0.4, 0.0), (0.5, 3.0)])
+def test_diagnostics_are_the_published_equations(rho, drift):
+    rng = np.random.default_rng(2)
+    noise, x = rng.standard_normal((3, 41)), np.zeros((3, 41))
+    x[:, 0] = noise[:, 0]
+    for t in range(1, 41):
+        x[:, t] = rho * x[:, t - 1] + noise[:, t]
+    x += drift * np.arange(3)[:, None]
+    rhat, ess = restated(x.tolist())
+    assert split_rhat(x[..., None]) == pytest.approx(rhat, rel=1e-9)
+    assert effective_sample_size(x[..., None]) == pytest.approx(ess, rel=1e-9)
+
+
+@pytest.mark.parametrize("burn_in, steps", [(1, 4), (2, 3), (0, 100)])
+def test_too_few_steps_are_refused(burn_in, steps):
+    with pytest.raises(ValueError, match="burn_in must be 2 or more"):
+        metropolis_hastings(lambda z: -z[:, 0] ** 2, lambda z: -z[:, 0] ** 2, np.zeros((1, 2, 1)), burn_in, steps, np.random.default_rng(0), (1.0,))
+
+
 def two_far_modes(theta):
     """A mixture of two narrow modes 4 prior standard deviations apart, with masses 1 and 3."""
     z = np.log(theta[:, 0]) / math.log(4)
