@@ -229,7 +229,8 @@ def test_assignments_are_to_one_plain_name(statement):
     ("return w", "line 2: return a dict of named terms"), ("return {}", "line 2: return a dict of named terms"),
     ("return {'a': w}\n    x = 1", "line 2: return must be the last statement"),
     ("w = 2.0\n    return {'a': w}", "line 2: w already has a meaning"),
-    ("for i in x: pass", "line 2"), ("return {'a': w * 'x'}", "line 2: 'x' is not a number")])
+    ("force\n    return {'a': w}", "line 2: only assignments and one return are allowed"),
+    ("def f(force, w=1.0): return {'a': w}\n    return {'a': w}", "line 2: functions inside the function"), ("for i in x: pass", "line 2"), ("return {'a': w * 'x'}", "line 2: 'x' is not a number")])
 def test_bodies_are_checked(body, reason):
     with pytest.raises(RewardError) as error:
         Reward(f"def r(force, w=1.0):\n    {body}", FEATURES)
@@ -352,3 +353,8 @@ def test_random_programs_have_the_values_of_the_same_arithmetic(seed, count=40):
         got = both(f"def r(distance, force, w=1.7):\n    x = {text}\n    return {{'term': x}}", distance=np.array([0.3]),
                    force=np.array([program.values["force"]]))
         assert got[0] == value, text
+
+
+def test_arithmetic_warns_of_nothing(recwarn):
+    reward = Reward("def r(force, w=1.0):\n    return {'a': np.log(force) / force, 'b': np.exp(1000 * w) * force}", FEATURES)
+    assert not np.isfinite(reward.total({"force": np.array([0.0, -1.0])})).any() and not recwarn.list
