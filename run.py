@@ -209,14 +209,14 @@ class Run:
         print(f"Going on from the checkpoint at {self.state.step:,} steps.\n", flush=True)
         return True
 
-    def checkpoint(self) -> None:
-        """Call at the end of an episode: saves `state` after an evaluation, at the end, and when asked to stop.
+    def checkpoint(self, last: bool = False) -> None:
+        """Call at the end of an episode: saves `state` after an evaluation, when it is the last, and when asked to stop.
 
         The buffer's new rows are appended to buffer.bin; then checkpoint.pt, which says how many of its bytes count, takes
         the place of the last one, so that a crash leaves the one or the other. Where the disk is full, the last one stays.
         Raises KeyboardInterrupt when asked to stop.
         """
-        if not (self.due or self.stopping or self.state.learnt or self.state.step == self.steps):
+        if not (self.due or self.stopping or last):
             return
         path, part, pieces = self.folder / "checkpoint.pt", self.folder / "checkpoint.pt.part", list(self.pieces)
         try:

@@ -151,7 +151,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
                 run.evaluated(step, success, sparse_return, return_, losses, agent)
             state.step, state.learnt = step, history.successes[-2:] == [1.0, 1.0]
             if terminated or truncated or state.learnt:
-                run.checkpoint()
+                run.checkpoint(last=state.learnt or step == steps)
             if state.learnt:
                 return step - EVAL_EVERY
         if step == steps:

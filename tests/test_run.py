@@ -75,7 +75,7 @@ def go(small, monkeypatch, tmp_path):  # noqa: F811
     real, runs = Run._lock, []
     monkeypatch.setattr(Run, "_lock", lambda kept: (runs.append(kept), real(kept)))
 
-    def run(name, method="selfalign", env=Dot, steps=1000):
+    def run(name, method="selfalign", env=Dot, steps=700):
         folder = tmp_path / name
         try:
             kept = Run(folder, None if folder.exists() else {"task": "reach", "reward": method, "obs": "state", "seed": 5, "steps": steps})
@@ -117,14 +117,14 @@ WHOLE = {}                                                            # what run
 
 
 @pytest.mark.parametrize("method, env, owner, name, count", [
-    ("selfalign", Dot, Dot, "step", 90), ("selfalign", Dot, Dot, "step", 700), ("selfalign", Dot, Dot, "reset", 60),
+    ("selfalign", Dot, Dot, "step", 90), ("selfalign", Dot, Dot, "step", 600), ("selfalign", Dot, Dot, "reset", 40),
     ("selfalign", Dot, run_module.os, "replace", 1), ("selfalign", Dot, run_module.os, "replace", 9),
     ("selfalign", Dot, run_module.os, "fsync", 1), ("selfalign", Dot, run_module.os, "fsync", 4), ("selfalign", Dot, run_module.torch, "save", 5),
     ("selfalign", Dot, selfalign, "sample_posterior", 1), ("selfalign", Dot, selfalign, "rank_attempts", 2),
-    ("selfalign", Dot, selfalign, "evaluate", 3), ("fixed", Dot, Dot, "step", 900), ("sparse", Dot, Dot, "step", 900),
+    ("selfalign", Dot, selfalign, "evaluate", 3), ("fixed", Dot, Dot, "step", 800), ("sparse", Dot, Dot, "step", 800),
     ("fixed", Picture, Dot, "step", 450)])
 def test_a_run_that_is_cut_anywhere_goes_on_as_if_nothing_had_happened(method, env, owner, name, count, go, monkeypatch):
-    steps = 500 if env is Picture else 1000
+    steps = 500 if env is Picture else 700
     if (method, env) not in WHOLE:
         WHOLE[method, env] = files(go("whole", method, env, steps))
     with monkeypatch.context() as patch, pytest.raises(Cut):
@@ -138,9 +138,9 @@ def test_a_run_that_is_cut_anywhere_goes_on_as_if_nothing_had_happened(method, e
 
 
 def test_more_steps_go_on_as_if_they_had_been_asked_for_at_first(go):
-    whole, short = go("whole", steps=1000), go("short", steps=600)
-    assert files(go("short", steps=1000)) == files(whole) != files(go("other", steps=600))
-    assert Run(short, None).finished(1000) == "it has had its 1,000 steps; give it more with --steps"
+    whole, short = go("whole", steps=700), go("short", steps=400)
+    assert files(go("short", steps=700)) == files(whole) != files(go("other", steps=400))
+    assert Run(short, None).finished(700) == "it has had its 700 steps; give it more with --steps"
 
 
 def test_answers_given_after_the_last_checkpoint_are_not_asked_for_again(go, monkeypatch):
@@ -183,10 +183,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_goes_on_with_space(name, go, 
         return Full(file) if name in str(path) and mode != "rb" and calls[0] in (2, 3) else file
     with monkeypatch.context() as patch, pytest.raises(Cut):
         patch.setattr(builtins, "open", open_)
-        cut_at(patch, 1060, Dot, "step")                              # evaluations take steps, too
+        cut_at(patch, 830, Dot, "step")                               # evaluations take steps, too
         go("cut", "fixed")
     errors = capsys.readouterr().err
-    assert 1 <= errors.count("No space left") <= 2 and calls[0] >= 3
+    assert 1 <= errors.count("No space left") <= 2 and calls[0] >= 2
     assert files(go("cut", "fixed")) == files(whole)
 
 
