@@ -811,3 +811,41 @@ def test_an_analysis_changes_nothing_where_going_on_pays():
     assert changes == {} and "too little" in why
     with pytest.raises(LLMError, match="cannot read the reward"):
         StandIn()([{"role": "user", "content": prompt("analyse", task="push", reward="def r(x): pass")}])
+
+
+def test_a_lasting_fault_is_given_six_requests(ask):
+    result, server, waits, _ = ask(http("busy", "503 Service Unavailable"))
+    assert "failed 6 times" in str(result) and len(server.requests) == 6 == len(waits) + 1 == llm.RETRIES + 1
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 599])
+def test_passing_statuses_are_retried(ask, status):
+    assert ask(http("later", f"{status} Later"), completion("fine"))[0] == "fine"
+
+
+@pytest.mark.parametrize("key, url, kind, backend, words", [
+    (None, None, "auto", StandIn, "are not set"), ("sk-1", None, "auto", Chat, "m at https://api.openai.com"),
+    (None, "http://localhost:1/v1", "auto", Chat, "m at http://localhost:1/v1"), ("sk-1", None, "offline", StandIn, "NOT a language model"),
+    ("sk-1", None, "manual", Manual, "paste"), (None, None, "chat", Chat, "m at"), (None, None, "replay", Replay, "replayed from")])
+def test_the_backend_follows_the_flag_and_the_environment(key, url, kind, backend, words, monkeypatch, tmp_path):
+    for name, value in (("OPENAI_API_KEY", key), ("OPENAI_BASE_URL", url)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "reply": "b"}')
+    chosen, who = llm.choose_backend(f"replay:{tmp_path}/t.jsonl" if kind == "replay" else kind, "m")
+    assert isinstance(chosen, backend) and words in who
+    with pytest.raises(LLMError, match="unknown --llm"):
+        llm.choose_backend("oracle", "m")
+
+
+def test_what_was_answered_before_is_not_asked_again_as_long_as_it_fits():
+    asked = []
+
+    def backend(messages):
+        asked.append(messages[-1]["content"])
+        return llm.Reply(f"new {messages[-1]['content']}")
+    lines = ['{"prompt": "a", "reply": "old a", "prompt_tokens": 3}', '{"prompt": "b", "error": "it was down"}', '{"prompt": "c", "reply": "old c"}', '{"prom']
+    known = llm.Answered(lines, backend)
+    assert known([{"content": "a"}]) == ("old a", 3, 0)
+    assert [known([{"content": text}]).text for text in "bc"] == ["new b", "new c"] and asked == ["b", "c"]     # nothing after a gap
