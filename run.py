@@ -35,12 +35,12 @@ class Screen:
             stream.reconfigure(errors="replace")             # θ and █ on a terminal that knows neither
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):       # AttributeError: there is no stream at all
             self.stream.write(printable(text))
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             self.stream.flush()
 
     def __getattr__(self, name):
