@@ -231,16 +231,18 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
                 size = file.tell()
+            content = io.BytesIO()                            # torch's own writer hides why it fails
+            torch.save({"version": VERSION, "settings": self.settings, "pieces": pieces, "rows": rows, "bytes": size,
+                        "files": {name: self.content[name].decode() for name in ("metrics.csv", "theta.csv", "llm.jsonl")},
+                        **self.state.state_dict()}, content)
             with open(part, "wb") as file:
-                torch.save({"version": VERSION, "settings": self.settings, "pieces": pieces, "rows": rows, "bytes": size,
-                            "files": {name: self.content[name].decode() for name in ("metrics.csv", "theta.csv", "llm.jsonl")},
-                            **self.state.state_dict()}, file)
+                file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
             self.pieces, self.rows_saved, self.bytes_saved, self.relabelled, self.due = pieces, rows, size, False, False
             self.failed.discard("checkpoint.pt")
-        except (OSError, RuntimeError) as error:                      # torch's own writer raises RuntimeError
+        except OSError as error:
             self._cannot_write(path, part, error)
         if self.stopping:
             raise KeyboardInterrupt
@@ -336,8 +338,8 @@ class Run:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         if path.name not in self.failed:
-            print(f"\n  Cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}. Training goes on, and it "
-                  "is tried again; what cannot be written by the end goes to the temporary folder.\n", file=sys.stderr, flush=True)
+            print(f"\n  Cannot write {path}: {error.strerror}. Training goes on, and it is tried again; what cannot be written by the "
+                  "end goes to the temporary folder.\n", file=sys.stderr, flush=True)
         self.failed.add(path.name)
 
 

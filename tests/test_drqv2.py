@@ -295,6 +295,13 @@ def test_weights_start_orthogonal_and_biases_at_zero():
         assert torch.equal(target, critic)
 
 
+def test_two_critics_give_one_value_each_and_differ():
+    torch.manual_seed(0)
+    agent = DrQV2((3,), (2,), hidden_dim=8)
+    q1, q2 = agent.critic(torch.randn(5, 3), torch.randn(5, 2))
+    assert q1.shape == q2.shape == (5, 1) and (q1 != q2).any()
+
+
 def test_defaults_are_the_papers():
     # Yarats et al. (2021), table of hyper-parameters and the authors' configuration.
     agent = {name: p.default for name, p in inspect.signature(DrQV2).parameters.items()}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mh import (POWERS, SamplerError, effective_sample_size, metropolis_hastings, preference_loss, sample_posterior,
+from mh import (POWERS, Posterior, SamplerError, effective_sample_size, metropolis_hastings, preference_loss, sample_posterior,
                 split_rhat)
 
 
@@ -367,6 +367,12 @@ def test_diagnostics_are_the_published_equations(rho, drift):
     rhat, ess = restated(x.tolist())
     assert split_rhat(x[..., None]) == pytest.approx(rhat, rel=1e-9)
     assert effective_sample_size(x[..., None]) == pytest.approx(ess, rel=1e-9)
+
+
+@pytest.mark.parametrize("rhat, ess, mixed", [(1.049, 201, True), (1.051, 1e4, False), (1.0, 199, False)])
+def test_draws_have_mixed_where_every_parameter_has(rhat, ess, mixed):
+    posterior = Posterior(np.ones((2, 4, 2)), np.ones(2), 0.3, np.array([1.0, rhat]), np.array([1e4, ess]))
+    assert posterior.mixed == mixed
 
 
 @pytest.mark.parametrize("burn_in, steps", [(1, 4), (2, 3), (0, 100)])
