@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import BLOCK_FRICTION, BLOCK_MASS, EPISODE_STEPS, FEATURES, FINGER_FORCE, TASKS, WORKSPACE, PandaEnv
+from envs import BLOCK_FRICTION, BLOCK_MASS, EPISODE_STEPS, FEATURES, FINGER_FORCE, FINGER_MAX, HAND, TASKS, WORKSPACE, PandaEnv
 from questions import task_words
 
 
@@ -206,6 +206,59 @@ def test_forces_are_those_of_the_fingers_and_of_all_that_touches():
     assert left + right == pytest.approx(f["contact_force"], rel=1e-3)     # nothing but the fingers touches it
     assert left == pytest.approx(right, rel=0.3)                     # a block at rest is pressed from both sides alike
     env.close()
+
+
+# Where each episode begins, metres: what the goals' words and DESIGN's tasks promise, once more.
+STARTS = {
+    "touch": {"block": [(0.48, 0.56), (-0.08, 0.08)], "hand": [(0.36, 0.42), (-0.08, 0.08), (0.05, 0.12)]},
+    "grasp": {"block": [(0.45, 0.55), (-0.06, 0.06)], "hand": [(0.45, 0.55), (-0.06, 0.06), (0.12, 0.16)]},
+    "push": {"block": [(0.42, 0.48), (-0.06, 0.06)], "hand - block": [(-0.09, -0.06), (-0.02, 0.02)],
+             "goal - block": [(0.10, 0.16), (-0.04, 0.04)]}}
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_episodes_begin_anywhere_in_their_ranges(task):
+    rng = np.random.default_rng(0)
+    starts = [TASKS[task].start(rng.uniform) for _ in range(1000)]
+    for name, ranges in STARTS[task].items():
+        this, _, other = name.partition(" - ")
+        places = np.array([np.array(start[this][:2 if other else 3]) - (start[other] if other else 0.0) for start in starts])
+        for values, (low, high) in zip(places.T, ranges, strict=True):
+            assert low <= values.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_action_beyond_one_counts_as_one(axis, sign):
+    env, seen = PandaEnv("touch"), {}
+    for size in (0.8, 1.0, 5.0):
+        env.reset(seed=0, options={"hand": (0.5, 0.0, 0.15), "block": (0.5, 0.1)})
+        action = np.zeros(4)
+        action[axis] = sign * size
+        seen[size] = env.step(action)[0].tobytes()
+    assert seen[1.0] == seen[5.0] != seen[0.8]
+    env.close()
+
+
+def test_the_hand_points_down_and_features_say_what_is_usual():
+    env = PandaEnv("grasp")
+    env.reset(seed=0)
+    x, y, z, w = env._sim.getLinkState(env._panda, HAND)[1]
+    assert 1 - 2 * (x * x + y * y) == pytest.approx(-1, abs=1e-3)    # its z axis, seen from the world
+    env.close()
+    assert FEATURES["gripper_opening"].high == 2 * FINGER_MAX
+    assert {name for name, feature in FEATURES.items() if feature.low} == {"hand_above_block", "push_alignment"}
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_readings_of_random_episodes_mostly_lie_where_features_say(task):
+    env, rng, rows = PandaEnv(task), np.random.default_rng(0), []
+    for episode in range(6):
+        env.reset(seed=episode)
+        rows += [list(env.step(rng.uniform(-1, 1, 4))[-1]["features"].values()) for _ in range(EPISODE_STEPS)]
+    env.close()
+    for (name, feature), values in zip(env.task.features.items(), np.array(rows).T, strict=True):
+        assert np.mean((feature.low - 1e-6 <= values) & (values <= feature.high + 1e-6)) > 0.99, name
 
 
 def test_tasks_are_judged_by_what_their_words_say():
