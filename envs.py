@@ -83,7 +83,7 @@ class Task:
     opens: bool = False                      # the gripper starts open and follows the action; else it stays closed
 
 
-FEATURES = {      # what PandaEnv measures; low and high: between them lie all but a few in a thousand readings
+FEATURES = {      # what PandaEnv measures; low and high: between them readings mostly lie
     "hand_to_block": Feature("m", 0.0, 0.25, "distance from the point between the fingertips to the block's centre; 0.03 to "
                              "0.04 when closed fingers touch the block's side, below 0.015 when open ones are around it"),
     "hand_beside_block": Feature("m", 0.0, 0.25, "the horizontal part of that distance"),

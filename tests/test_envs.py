@@ -258,7 +258,7 @@ def test_readings_of_random_episodes_mostly_lie_where_features_say(task):
         rows += [list(env.step(rng.uniform(-1, 1, 4))[-1]["features"].values()) for _ in range(EPISODE_STEPS)]
     env.close()
     for (name, feature), values in zip(env.task.features.items(), np.array(rows).T, strict=True):
-        assert np.mean((feature.low - 1e-6 <= values) & (values <= feature.high + 1e-6)) > 0.99, name
+        assert np.mean((feature.low - 1e-6 <= values) & (values <= feature.high + 1e-6)) > 0.9, name
 
 
 def test_tasks_are_judged_by_what_their_words_say():
