@@ -9,13 +9,12 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 
 from drqv2 import DrQV2
 from envs import TASKS, PandaEnv
-from llm import LLM, Answered, LLMError, choose_backend
+from llm import LLM, Answered, LLMError, Replay, choose_backend
 from run import Run
 
 REWARDS, OBSERVATIONS = ("selfalign", "fixed", "sparse"), ("state", "pixels")
@@ -48,8 +47,9 @@ def parse_args(description: str) -> argparse.Namespace:
     parser.add_argument("--episodes", type=int, help="with --play: how many (default: 5)")
     given = vars(parser.parse_args())
     args = argparse.Namespace(**{**DEFAULTS, **given})
-    if not (0 <= args.seed < 2 ** 63 and 1 <= args.steps <= 10 ** 8 and args.episodes >= 1):
-        parser.error("--seed must be 0 or more and below 2^63, --steps 1 to 100 million, --episodes 1 or more")
+    empty = [name for name in ("out", "resume", "play", "proposal", "gif", "frames", "model") if getattr(args, name) == ""]
+    if empty:
+        parser.error(f"--{empty[0]} is empty: name something, or leave it out")
     for mode, allowed in (("play", {"gif", "frames", "episodes"}), ("resume", {"steps", "device", "llm", "model"})):
         useless = set(given) - allowed - {mode} if mode in given else set()
         if useless:
@@ -59,16 +59,30 @@ def parse_args(description: str) -> argparse.Namespace:
         parser.error(f"--{min(useless)} does nothing without --play RUN: leave it out")
     if args.reward == "sparse" and {"proposal", "llm", "model"} & set(given):
         parser.error("--reward sparse has no R_θ and asks no LLM: leave --proposal, --llm and --model out")
-    frames = 1.05 * args.steps * (84 * 84 * 3 if args.obs == "pixels" else 400) / 2 ** 30
+    if args.gif and not args.gif.endswith(".gif"):
+        parser.error(f"--gif {args.gif} must end in .gif")
+    check(args, parser.error)
+    args.given = given
+    return args
+
+
+def check(args, fail) -> None:
+    """Calls fail with one line for values, of flags or of a run's settings, that cannot be used."""
+    if args.task not in TASKS or args.reward not in REWARDS or args.obs not in OBSERVATIONS:
+        fail(f"there is no run of {args.task!r} with {args.reward!r} from {args.obs!r}")
+    texts = [args.llm, args.device, args.model or "", args.proposal or ""]
+    if not all(isinstance(text, str) for text in texts):
+        fail("the settings hold other kinds of values than a run's")
+    if not (0 <= args.seed < 2 ** 63 and 1 <= args.steps <= 10 ** 8 and args.episodes >= 1):
+        fail("--seed must be 0 or more and below 2^63, --steps 1 to 100 million, --episodes 1 or more")
+    frames = 2 * args.steps * (84 * 84 * 3 if args.obs == "pixels" else 400) / 2 ** 30
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30 if hasattr(os, "sysconf") else math.inf
     if frames > memory:
-        parser.error(f"--steps {args.steps} needs {frames:.0f} GB of memory for what is lived, and this machine has {memory:.0f}")
+        fail(f"--steps {args.steps} needs {frames:.0f} GB of memory for what is lived, and this machine has {memory:.0f}")
     try:
         torch.zeros(1, device=args.device).item()           # of "meta" there is no value
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    args.given = given
-    return args
+        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
 
 
 def start(args: argparse.Namespace) -> tuple[Run, LLM]:
@@ -80,8 +94,7 @@ def start(args: argparse.Namespace) -> tuple[Run, LLM]:
     if args.resume:
         run = Run(args.resume, None)
         vars(args).update({**run.settings, **args.given})
-        if args.task not in TASKS or args.reward not in REWARDS or args.obs not in OBSERVATIONS:
-            sys.exit(f"{args.resume} is a run of {args.task!r} with {args.reward!r} from {args.obs!r}, which there is not here")
+        check(args, lambda reason: sys.exit(f"{args.resume} cannot go on: {reason}"))
         finished = run.finished(args.steps)
         if finished:
             print(f"{args.resume} is finished: {finished}")
@@ -91,9 +104,13 @@ def start(args: argparse.Namespace) -> tuple[Run, LLM]:
         backend, who = choose_backend(args.llm, args.model) if asks else (None, "none is asked")
     except LLMError as error:
         sys.exit(f"selfalign: {error}")
+    # What "auto" has chosen stays, so that a run goes on with the LLM that it began with, or says that it cannot.
+    args.llm = {"Chat": "chat", "StandIn": "offline"}.get(type(backend).__name__, args.llm)
     settings = {name: getattr(args, name) for name in DEFAULTS if name not in ("resume", "play", "gif", "frames", "episodes")}
     if run:
         run.go_on(settings)
+        if isinstance(backend, Replay):
+            backend.position, run.answered = run.exchanges, []
     else:
         names = (f"runs/{args.task}-{args.reward}-{args.seed}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
         run = Run(args.out or next(name for name in names if not Path(name).exists()), settings)
@@ -171,7 +188,7 @@ def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = 
             getattr(agent, name).load_state_dict(state[name])
         if not all(torch.isfinite(p).all() for name in agent.ACTS for p in getattr(agent, name).parameters()):
             raise ValueError("the policy holds numbers that are not finite")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, UnpicklingError) as error:
+    except Exception as error:                       # a damaged file makes json and torch raise almost anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         sys.exit(f"{folder} holds no policy to play ({reason}); name the folder of a run, such as one under runs/")
     if frames or gif:
@@ -198,7 +215,7 @@ def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = 
                 if frames or gif:
                     pictures.append(Image.fromarray(env.render()))
                 if frames:
-                    pictures.pop().save(Path(frames) / f"episode{episode}-{env.t:02d}.png")
+                    pictures[-1].save(Path(frames) / f"episode{episode}-{env.t:02d}.png")
                 obs, _, _, truncated, info = env.step(agent.act(obs, 0, explore=False))
             print(f"episode {episode}: {'success' if info['success'] else 'no success'}", flush=True)
     except KeyboardInterrupt:
@@ -206,4 +223,7 @@ def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = 
     env.close()
     if gif and pictures:
         pictures = [picture.resize((240, 240)).quantize(64) for picture in pictures[::2]]       # a few hundred kilobytes
-        pictures[0].save(gif, save_all=True, append_images=pictures[1:], duration=100, loop=0)
+        try:
+            pictures[0].save(gif, save_all=True, append_images=pictures[1:], duration=100, loop=0)
+        except OSError as error:
+            sys.exit(f"cannot write {gif}: {error.strerror or error}; choose another place")

@@ -137,7 +137,7 @@ class Chat:
         self.url = base.rstrip("/") + "/chat/completions"
         if not self.url.startswith(("http://", "https://")):
             raise LLMError("OPENAI_BASE_URL must start with http:// or https://, for example http://localhost:11434/v1")
-        self.shown_url = re.sub(r"//[^/]*@", "//", self.url)       # without a password that the address may hold
+        self.shown_url = re.sub(r"//.*@", "//", self.url).partition("?")[0]      # without secrets that an address may hold
         self.question, self.deadline = None, 0.0
         if not self.key.isascii() or not self.key.isprintable():
             raise LLMError("OPENAI_API_KEY holds characters that no key has: set it again")

@@ -17,6 +17,7 @@ holds nothing else.
 """
 
 import ast
+import copy
 import difflib
 import warnings
 from collections.abc import Callable, Iterable
@@ -85,8 +86,9 @@ class Reward:
         self.features, self.params = _signature(function, self.offered)
         self.term_names = _body(function, {*self.features, *self.params})
         self.strange = {}               # terms that have not stayed finite or in bounds: name to value, see selfalign.RTheta
-        tree = ast.Module([_Numbers(_truths(function)).visit(function)], type_ignores=[])
-        available = {name: getattr(np, name) for name in (*FUNCTIONS, *NUMBERS, "inf", "float64")}
+        self._compiled = _Numbers(_truths(function)).visit(function)
+        tree = ast.Module([self._compiled], type_ignores=[])
+        available = {name: getattr(np, name) for name in (*FUNCTIONS, *NUMBERS, "float64")}
         namespace = {"np": SimpleNamespace(**available), "__builtins__": {}}
         try:
             exec(compile(ast.fix_missing_locations(tree), "<reward>", "exec"), namespace)
@@ -143,55 +145,28 @@ class Reward:
 
     def source_with(self, params: dict[str, float]) -> str:
         """The source with the defaults replaced by `params`; comments and layout are kept."""
-        return _edited(self.source, self._new_defaults(params))
+        lines = self.source.encode().splitlines(keepends=True)   # ast counts columns in bytes
+        defaults = {arg.arg: node for arg, node in _defaults(_parse(self.source).args)}
+        # From the end backwards, so that a replacement does not move the ones still to come.
+        for name, node in sorted(defaults.items(), key=lambda item: (item[1].lineno, item[1].col_offset), reverse=True):
+            line = lines[node.lineno - 1]
+            value = f"{params.get(name, self.params[name]):.6g}".encode()
+            lines[node.lineno - 1] = line[:node.col_offset] + value + line[node.end_col_offset:]
+        return b"".join(lines).decode()
 
     def python(self, params: dict[str, float]) -> str:
-        """A Python file with the reward and `params` as its defaults, which gives the same values with numpy alone.
+        """A Python file with the reward as it is compiled and `params` as its defaults: the same values with numpy alone.
 
-        That is the source, but for what this language reads otherwise than Python and numpy do: every number is a float,
-        a truth value in arithmetic is 1 or 0 and ~ its opposite, and a power of constants is NaN rather than complex.
+        What the LLM wrote stands above it as a comment. Python's own numbers would differ from numpy's where a division by
+        zero or a power of a negative number comes up, so all arguments become numpy's first.
         """
-        function = _parse(self.source)
-        edits = self._new_defaults(params)
-        defaults = {id(default) for _, default in _defaults(function.args)}
-        for node in ast.walk(function):
-            if type(node) is ast.Constant and type(node.value) is int and id(node) not in defaults:
-                edits.append((node, repr(float(node.value))))
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and not _names(node.left):
-                edits.append((node.left, "np.float64({})"))
-            if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):       # of a plain bool it is -1 or -2
-                sign = SimpleNamespace(lineno=node.lineno, col_offset=node.col_offset,
-                                       end_lineno=node.lineno, end_col_offset=node.col_offset + 1)
-                edits += [(node, "{})"), (sign, "np.logical_not(")]
-            if _is_float_cast(node):                  # an attribute that plain numbers lack
-                value = node.func.value
-                after = SimpleNamespace(lineno=value.end_lineno, col_offset=value.end_col_offset,
-                                        end_lineno=node.end_lineno, end_col_offset=node.end_col_offset)
-                text = ast.get_source_segment(self.source, after)
-                edits.append((after, text.rpartition("astype")[0].rstrip().removesuffix(".")))
-        edits += [(node, "1.0 * ({})") for node in _truths(function)]
-        future = "from __future__ import annotations\n\n" if _annotations(function) else ""
-        return f"{future}import numpy as np\n\n\n{_edited(self.source, edits).strip()}\n"
-
-    def _new_defaults(self, params):
-        return [(node, f"{params.get(arg.arg, self.params[arg.arg]):.6g}") for arg, node in _defaults(_parse(self.source).args)]
-
-
-def _edited(source, edits):
-    """The source with each (node, text) put in place, {} in a text being what stood there."""
-    lines = source.encode().splitlines(keepends=True)        # ast counts columns in bytes
-    starts = np.cumsum([0] + [len(line) for line in lines]).tolist()
-    inserts = []
-    for order, (node, text) in enumerate(edits):
-        begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-        before, braces, after = text.partition("{}")
-        # An edit around others opens before and closes after them.
-        inserts.append((begin, end - begin, order, before, 0 if braces else end - begin))
-        inserts.append((end, begin - end, -order, after, 0))
-    content = source.encode()
-    for position, _, _, text, length in sorted(inserts, key=lambda insert: (insert[0], -insert[1]), reverse=True):
-        content = content[:position] + text.encode() + content[position + length:]
-    return content.decode()
+        function = copy.deepcopy(self._compiled)
+        for arg, default in _defaults(function.args):
+            default.value = float(f"{params.get(arg.arg, self.params[arg.arg]):.6g}")
+        first = 1 if ast.get_docstring(function) is not None else 0
+        function.body[first:first] = ast.parse("\n".join(f"{name} = np.float64({name})" for name in (*self.features, *self.params))).body
+        written = "\n".join(f"# {line}".rstrip() for line in self.source.strip().split("\n"))
+        return f"# As it was written:\n#\n{written}\n\nimport numpy as np\n\n\n{ast.unparse(ast.fix_missing_locations(function))}\n"
 
 
 def _parse(source):
@@ -233,7 +208,7 @@ def _check_nodes(function):
         if depth > 60:
             _fail(node, "expressions are nested too deeply")
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
-            if node.attr not in FUNCTIONS and node.attr not in NUMBERS:
+            if node.attr not in FUNCTIONS and node.attr not in NUMBERS and node.attr != "float64":
                 close = difflib.get_close_matches(node.attr, FUNCTIONS, 1)
                 hint = f"is np.{close[0]} meant?" if close else THERE_ARE
                 _fail(node, f"np.{node.attr:.40} is not available; {hint}")
@@ -303,9 +278,12 @@ def _signature(function, offered):
 
 def _body(function, arguments):
     """Assignments, then one return of a dict of named terms: checks names and gives those of the terms."""
-    body, known = list(function.body), set(arguments)
+    known = set(arguments)
+    # What `Reward.python` writes first: name = np.float64(name).
+    body = function.body[:] = [statement for statement in function.body if not any(
+        ast.unparse(statement) == f"{name} = np.float64({name})" for name in arguments)]
     if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-        body.pop(0)                                    # a docstring
+        body = body[1:]                                # a docstring
     for position, statement in enumerate(body):
         if isinstance(statement, ast.Return):
             if position != len(body) - 1:
@@ -345,7 +323,7 @@ def _check_expression(expression, known):
         if isinstance(node, ast.Call):
             if not isinstance(node.func, ast.Attribute) or node.func.attr in NUMBERS:
                 _fail(node, "only functions of the form np.NAME can be called; " + THERE_ARE)
-            arity = FUNCTIONS[node.func.attr]
+            arity = FUNCTIONS.get(node.func.attr, 1)         # 1: float64, which changes nothing
             if node.keywords or any(isinstance(a, ast.Starred) for a in node.args) or len(node.args) != arity:
                 _fail(node, f"np.{node.func.attr} takes {arity} plain argument{'s' * (arity > 1)}")
             called |= {node.func, node.func.value}
@@ -469,12 +447,7 @@ class _Numbers(ast.NodeTransformer):
     def visit_Call(self, node):
         if _is_float_cast(node):
             return self.visit(node.func.value)
-        node = self.generic_visit(node)
-        if node.func.attr == "clip":
-            for side, sign in ((1, ast.USub()), (2, ast.UAdd())):
-                if isinstance(node.args[side], ast.Constant) and node.args[side].value is None:
-                    node.args[side] = ast.UnaryOp(sign, ast.Attribute(ast.Name("np", ast.Load()), "inf", ast.Load()))
-        return node
+        return self.generic_visit(node)
 
     def visit_Constant(self, node):
         return ast.Constant(float(node.value)) if type(node.value) in (int, float) else node

@@ -10,7 +10,6 @@ import tempfile
 import textwrap
 import time
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -164,10 +163,11 @@ class Run:
                 self.content.update((name, text.encode()) for name, text in self.saved["files"].items())
                 self.pieces, self.rows_saved, self.bytes_saved, *_ = (
                     self.saved[name] for name in ("pieces", "rows", "bytes", "step", "learnt"))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, UnpicklingError) as error:
+        except Exception as error:                           # a damaged file makes json and torch raise almost anything
             reason = str(error).strip().splitlines() or [type(error).__name__]
             sys.exit(f"{self.folder} holds no run that can go on: {reason[0][:200]}")
         begun = self.content.get("llm.jsonl", b"")
+        self.exchanges = begun.count(b"\n")                  # with the LLM before the checkpoint
         self.answered = asked[len(begun):].decode(errors="replace").splitlines() if asked.startswith(begun) else []
 
     def finished(self, steps: int) -> str | None:
@@ -201,8 +201,9 @@ class Run:
             with open(self.folder / "buffer.bin", "rb") as file:
                 for since, end, names in self.pieces:
                     self.state.buffer.load(file, since, end, tuple(names))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError) as error:
-            sys.exit(f"the checkpoint in {self.folder} is damaged: {str(error).splitlines()[0][:200]}; it cannot go on")
+        except Exception as error:                           # a damaged file makes numpy and torch raise almost anything
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            sys.exit(f"the checkpoint in {self.folder} is damaged: {reason[0][:200]}; it cannot go on")
         for name in ("metrics.csv", "theta.csv"):
             self._write(name, self.content[name])
         self.measure = "R_θ(τ)" if "r_theta" in self.saved else self.measure
@@ -277,7 +278,7 @@ class Run:
         policy, state = io.BytesIO(), agent.state_dict()
         torch.save({name: state[name] for name in agent.ACTS}, policy)
         self._write("policy.pt", policy.getvalue())
-        speed = step / (time.monotonic() - self.started)
+        speed = (step - (self.saved["step"] if self.saved else 0)) / (time.monotonic() - self.started)
         left = time.strftime("%H:%M:%S", time.gmtime((self.steps - step) / speed))
         print(f"{step:>8,} steps | success {success:>4.0%} {'█' * round(success * 20):·<20} | {self.measure} {return_:>8.2f} | "
               f"{speed:4.0f} steps/s | at most {left} left", flush=True)
@@ -338,7 +339,7 @@ class Run:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         if path.name not in self.failed:
-            print(f"\n  Cannot write {path}: {error.strerror}. Training goes on, and it is tried again; what cannot be written by the "
+            print(f"\n  Cannot write {path}: {error.strerror or error}. Training goes on, and it is tried again; what cannot be written by the "
                   "end goes to the temporary folder.\n", file=sys.stderr, flush=True)
         self.failed.add(path.name)
 

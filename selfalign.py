@@ -100,8 +100,9 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
     llm.ATTEMPTS times. A ranking that fails in the same way is skipped, an analysis too. Raises ValueError for episodes so
     long that hardly any fits between two updates of θ, and FloatingPointError when a loss is no longer a number.
     """
-    if 4 * task.horizon > UPDATE_EVERY:
-        raise ValueError(f"episodes of {task.horizon} steps are too long: at least 4 must fit into {UPDATE_EVERY} steps")
+    if 4 * task.horizon > UPDATE_EVERY or task.horizon > EXPLORE_STEPS:
+        raise ValueError(f"episodes of {task.horizon} steps are too long: at least 4 must fit into {UPDATE_EVERY} steps, and one "
+                         f"into the first {EXPLORE_STEPS}")
     env, eval_env = make_env(), make_env()
     obs_space, action_shape = env.observation_space, env.action_space.shape
     kind = "pixels" if len(obs_space.shape) == 3 else "state"
@@ -209,10 +210,12 @@ class RTheta:
                       "what is no number; a failure analysis is told so.\n", flush=True)
 
     def state_dict(self) -> dict:
-        return {"source": self.reward.source, "theta": self.theta, "centre": float(self.centre), "scale": self.scale}
+        return {"source": self.reward.source, "theta": self.theta, "centre": float(self.centre), "scale": self.scale,
+                "strange": dict(self.reward.strange)}
 
     def load_state_dict(self, state: dict) -> None:
         self.theta, self.centre, self.scale = state["theta"], state["centre"], state["scale"]
+        self.reward.strange.update(state["strange"])
 
     def change(self, theta: dict[str, float], episodes: list[np.ndarray]) -> None:
         """A new θ; centre and scale keep the mean and the spread that rewards had on `episodes`, the last ones lived."""

@@ -309,19 +309,26 @@ class Program:
 
     def __init__(self, rng):
         self.rng, self.values = rng, {"distance": 0.3, "force": float(rng.choice([0.0, 0.7, 2.5, -1.0])), "w": 1.7}
+        self.truths = {}
+        self.lines = []
+        for name in ("s", "t")[:rng.integers(3)]:
+            text, value = self.truth(2)
+            self.lines.append(f"    {name} = {text}\n")
+            self.truths[name] = bool(value)
 
     def number(self, depth):
         """(text, value) of an expression that is a number; truth values among its parts count 0 and 1."""
-        kind = self.rng.integers(9 if depth else 3)
+        kind = self.rng.integers(11 if depth else 3)
         if kind == 0:
             value = float(self.rng.choice([0, 1, 2, 0.5, 3]))
             return (f"{value:g}", value)
         if kind in (1, 2):
-            name = str(self.rng.choice(list(self.values)))
-            return name, self.values[name]
+            known = {**self.values, **self.truths}
+            name = str(self.rng.choice(list(known)))
+            return name, float(known[name])
         if kind == 3:
             text, value = self.truth(depth - 1)
-            return f"({text})", float(value)
+            return f"({text})" + ".astype(float)" * int(self.rng.integers(2)), float(value)
         a, b = self.number(depth - 1), self.number(depth - 1)
         if kind == 4:
             return f"(-{a[0]})", -a[1]
@@ -331,11 +338,16 @@ class Program:
         if kind == 6:
             text, value = self.truth(depth - 1)
             return f"np.where({text}, {a[0]}, {b[0]})", a[1] if value else b[1]
+        if kind == 7:
+            return f"({a[0]}) ** 2", a[1] * a[1]
         sign = str(self.rng.choice(["+", "-", "*"]))
         return f"({a[0]} {sign} {b[0]})", {"+": a[1] + b[1], "-": a[1] - b[1], "*": a[1] * b[1]}[sign]
 
     def truth(self, depth):
-        kind = self.rng.integers(4 if depth > 0 else 1)
+        kind = self.rng.integers(5 if depth > 0 else 1)
+        if kind == 4:
+            name = str(self.rng.choice([*self.truths, "(force > 1)"]))
+            return name, self.truths.get(name, self.values["force"] > 1)
         if kind == 0:
             a, b = self.number(max(0, depth - 1)), self.number(max(0, depth - 1))
             sign = str(self.rng.choice(["<", "<=", ">", ">=", "==", "!="]))
@@ -344,13 +356,33 @@ class Program:
         return [None, (f"(~{a[0]})", not a[1]), (f"({a[0]} & {b[0]})", a[1] and b[1]), (f"({a[0]} | {b[0]})", a[1] or b[1])][kind]
 
 
+@pytest.mark.parametrize("expression, p, q", [
+    ("p * 2 ** -d", 2.0, 1.0), ("p * (~(d > 1)).astype(float)", 2.0, 1.0), ("p * (~t).astype(float)", 2.0, 1.0), ("p ** t", 2.0, 1.0),
+    ("p ** ~t", 2.0, 1.0), ("q / t", 2.0, 1.0), ("p * ((d > t)).astype(float)", 2.0, 1.0), ("np.power(p, -q)", 2.0, 3.0), ("np.sqrt(p ** q)", 10.0, 24.0),
+    ("np.minimum(d, 1 / (p - q))", 2.0, 2.0), ("np.tanh(p ** q)", 10.5, 400.5), ("np.where(d > 5, (p - q) ** 0.5, 1)", 1.0, 2.0)])
+@pytest.mark.parametrize("number", [np.array, float])
+def test_the_file_agrees_where_python_and_numpy_do_not(expression, p, q, number):
+    source = f"def r(d, p={p}, q={q}):\n    t = d > 0.2\n    return {{'term': {expression}}}  # as it was"
+    reward, namespace = Reward(source, ["d"]), {}
+    text = reward.python({"p": p, "q": q})
+    for d in ([0.0, 0.3, 2.0] if number is float else [[0.0, 0.3, 2.0]]):
+        with np.errstate(all="ignore"):
+            exec(text, namespace)
+            value = namespace["r"](number(d))["term"]
+        np.testing.assert_array_equal(np.broadcast_to(value, np.shape(d)), reward.terms({"d": d})["term"])
+    # What a run leaves is a reward that the next one can begin with, and it says what was written.
+    again = Reward(text[text.rindex("def r("):], ["d"])
+    np.testing.assert_array_equal(again.total({"d": 2.0}), reward.total({"d": 2.0}))
+    assert again.params == reward.params and "# def r(" in text and "# as it was" in text
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_random_programs_have_the_values_of_the_same_arithmetic(seed, count=40):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         program = Program(rng)
         text, value = program.number(4)
-        got = both(f"def r(distance, force, w=1.7):\n    x = {text}\n    return {{'term': x}}", distance=np.array([0.3]),
+        got = both(f"def r(distance, force, w=1.7):\n{''.join(program.lines)}    x = {text}\n    return {{'term': x}}", distance=np.array([0.3]),
                    force=np.array([program.values["force"]]))
         assert got[0] == value, text
 
