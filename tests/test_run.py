@@ -190,6 +190,43 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_goes_on_with_space(name, go, 
     assert files(go("cut", "fixed")) == files(whole)
 
 
+def resume(folder, monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["selfalign.py", "--resume", str(folder), *flags])
+    selfalign.main()
+
+
+def test_a_replayed_run_goes_on_with_the_answers_that_are_left(small, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(selfalign, "nearly_learnt", lambda successes: False)
+    real, runs = Run._lock, []
+    monkeypatch.setattr(Run, "_lock", lambda kept: (runs.append(kept), real(kept)))
+    original = small("--task", "push")
+    transcript = tmp_path / "t.jsonl"
+    transcript.write_bytes((original / "llm.jsonl").read_bytes())
+    flags = ["--task", "push", "--llm", f"replay:{transcript}", "--out", str(tmp_path / "cut")]
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_at(patch, 2, selfalign, "rank_attempts")
+        small(*flags)
+    os.close(runs[-1]._held)                                          # what the end of a process does
+    resume(tmp_path / "cut", monkeypatch)
+    assert files(tmp_path / "cut") == files(original)
+
+
+@pytest.mark.parametrize("name, value, words", [("device", "abacus", "--device"), ("llm", 5, "other kinds"), ("seed", -1, "--seed"),
+                                                ("task", "fly", "no run of"), ("proposal", 3, "other kinds"), ("steps", 10 ** 9, "--steps")])
+def test_settings_that_are_no_runs_are_refused_in_one_line(name, value, words, tmp_path, monkeypatch):
+    settings = {"task": "touch", "reward": "selfalign", "obs": "state", "seed": 1, "steps": 500, "device": "cpu", "llm": "offline",
+                "model": None, "proposal": None, "out": None}
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, name: value}))
+    with pytest.raises(SystemExit) as stop:
+        resume(tmp_path, monkeypatch)
+    assert words in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_a_run_keeps_the_llm_that_auto_has_chosen(small, monkeypatch):  # noqa: F811
+    folder = small(steps=300)
+    assert json.loads((folder / "settings.json").read_text())["llm"] == "offline"
+
+
 def test_a_second_process_on_a_folder_is_refused(go):
     folder = go("run", "fixed")
     first = Run(folder, None)

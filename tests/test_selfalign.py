@@ -520,6 +520,8 @@ def test_a_ranking_holds_no_trajectory_twice_and_fewer_where_there_are_fewer(hor
 def test_episodes_that_are_too_long_are_refused():
     with pytest.raises(ValueError, match="at least 4"):
         selfalign.train(Line, dataclasses.replace(LINE, horizon=2501), None, None)
+    with pytest.raises(ValueError, match="first 1000"):
+        selfalign.train(Line, dataclasses.replace(LINE, horizon=1001), None, None)
 
 
 def test_a_run_whose_theta_never_changes_is_the_run_of_the_fixed_reward(small, monkeypatch):
@@ -785,7 +787,8 @@ def test_play_repeats_a_policy_and_saves_frames(small, monkeypatch, tmp_path, ca
     (["--seed", str(2 ** 63)], "--seed"), (["--steps", "100000000", "--obs", "pixels"], "memory"), (["--device", "meta"], "--device"),
     (["--gif", "x.gif"], "--play"), (["--episodes", "2"], "--play"), (["--play", "x", "--seed", "2"], "--seed does nothing"),
     (["--resume", "x", "--task", "push"], "does nothing beside --resume"), (["--reward", "sparse", "--model", "m"], "sparse"),
-    (["--resume", "nowhere"], "No such file"), (["--llm", "oracle"], "replay:FILE"), (["--llm", "chat"], "--model"), (["--llm", "replay:none.jsonl"], "none.jsonl"),
+    (["--resume", ""], "--resume is empty"), (["--play", ""], "--play is empty"), (["--out", ""], "--out is empty"),
+    (["--proposal", ""], "--proposal is empty"), (["--play", "x", "--gif", "x.mp4"], ".gif"), (["--resume", "nowhere"], "No such file"), (["--llm", "oracle"], "replay:FILE"), (["--llm", "chat"], "--model"), (["--llm", "replay:none.jsonl"], "none.jsonl"),
     (["--out", "/proc/nowhere"], "--out"), (["--out", str(ROOT)], "not empty")])
 def test_wrong_flags_get_one_clear_error(flags, words, small, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["selfalign.py", *(["--out", str(tmp_path / "x")] if not {"--out", "--play", "--resume"} & set(flags)
@@ -832,6 +835,9 @@ def test_what_the_critic_gets_is_finite_and_bounded_and_what_is_not_is_named_onc
     said = capsys.readouterr().out
     assert said.count("term steep has become inf") == 1 and said.count("term root has become nan") == 1 and "fine" not in said
     assert "steep = inf, root = nan" in questions.strange_note(reward)
+    again = selfalign.RTheta(Reward(reward.source, ["x", "y"]), np.zeros((3, 2)))
+    again.load_state_dict(r_theta.state_dict())
+    assert questions.strange_note(again.reward) == questions.strange_note(reward)
     assert questions.strange_note(offline_reward("touch")) == ""
 
 
