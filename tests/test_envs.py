@@ -227,6 +227,15 @@ def test_episodes_begin_anywhere_in_their_ranges(task):
             assert low <= values.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
 
 
+def test_a_push_begins_with_the_hand_low_and_spaces_hold_what_is_said():
+    assert TASKS["push"].start(np.random.default_rng(0).uniform)["hand"][2] == 0.03
+    for obs, low, high, shape in (("state", -10, 10, (24,)), ("pixels", 0, 255, (9, 84, 84))):
+        env = PandaEnv("push", obs)
+        assert tuple(env.action_space)[:3] == (-1, 1, (4,))
+        assert tuple(env.observation_space)[:3] == (low, high, shape)
+        env.close()
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_an_action_beyond_one_counts_as_one(axis, sign):
