@@ -88,6 +88,23 @@ def test_the_bench():
     assert all(float(row["rhat"]) < 1.05 and float(row["ess"]) > 200 for row in rows if row["rhat"] != "nan")
 
 
+def test_wrong_numbers():
+    runs = {}
+    with open(ROOT / "results" / "wrong.csv") as file:
+        for row in csv.DictReader(file):
+            runs.setdefault((row["proposal"], row["parameter"], row["factor"]), {}).setdefault(row["reward"], []).append(float(row["success"]))
+
+    def learnt(run):
+        return [1.0, 1.0] in [list(pair) for pair in zip(run, run[1:])]
+    fixed = {case: learnt(both.get("fixed", both["selfalign"])) for case, both in runs.items()}      # once, where θ never changed
+    aligned = {case: learnt(both["selfalign"]) for case, both in runs.items()}
+    broken = [case for case in runs if not fixed[case]]
+    text = " ".join(README.split())
+    assert f"{len(runs)} of the 88 cases, drawn at random: fixed did not learn {len(broken)} of them" in text
+    assert f"Of these, selfalign learnt {sum(aligned[case] for case in broken)}; of the other {len(runs) - len(broken)} it learnt all" in text
+    assert all(aligned[case] for case in runs if fixed[case])
+
+
 if __name__ == "__main__":           # the tables' rows, to be put into the README
     tasks = ["touch", "grasp", "push"]
     print(*map(stand_in_row, tasks), "", *map(asked_row, tasks), "", *(real_row(*key) for key in REAL), sep="\n")
