@@ -256,6 +256,7 @@ def test_the_hand_points_down_and_features_say_what_is_usual():
     assert 1 - 2 * (x * x + y * y) == pytest.approx(-1, abs=1e-3)    # its z axis, seen from the world
     env.close()
     assert FEATURES["gripper_opening"].high == 2 * FINGER_MAX
+    assert f"friction coefficient of {BLOCK_FRICTION:g}" in " ".join(TASKS["grasp"].details.split())
     assert {name for name, feature in FEATURES.items() if feature.low} == {"hand_above_block", "push_alignment"}
 
 
