@@ -143,6 +143,16 @@ def test_more_steps_go_on_as_if_they_had_been_asked_for_at_first(go):
     assert Run(short, None).finished(700) == "it has had its 700 steps; give it more with --steps"
 
 
+def test_more_steps_are_written_down_and_tables_have_their_heads(go):
+    folder = go("run", "fixed", steps=400)
+    run = Run(folder, None)
+    run.go_on({**run.settings, "steps": 700})
+    run.close()
+    assert json.loads((folder / "settings.json").read_text())["steps"] == 700 and not list(folder.glob("*.part"))
+    assert (folder / "metrics.csv").read_text().splitlines()[0] == "step,success,sparse,return,critic_loss,actor_loss,q"
+    assert (folder / "theta.csv").read_text().splitlines()[0] == "step,cause,name,value,low,high,rhat,ess"
+
+
 def test_answers_given_after_the_last_checkpoint_are_not_asked_for_again(go, monkeypatch):
     real, asked = StandIn.__call__, []
     monkeypatch.setattr(StandIn, "__call__", lambda self, messages: (asked.append(1), real(self, messages))[1])
