@@ -19,7 +19,7 @@ from run import Run
 
 REWARDS, OBSERVATIONS = ("selfalign", "fixed", "sparse"), ("state", "pixels")
 DEFAULTS = dict(task="touch", reward="selfalign", obs="state", seed=1, steps=60_000, device="cpu", llm="auto",
-                model=os.environ.get("OPENAI_MODEL"), proposal=None, out=None, resume=None, play=None, gif=None, frames=None, episodes=5)
+                model=os.environ.get("OPENAI_MODEL") or None, proposal=None, out=None, resume=None, play=None, gif=None, frames=None, episodes=5)
 
 
 def parse_args(description: str) -> argparse.Namespace:

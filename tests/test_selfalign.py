@@ -744,6 +744,11 @@ def test_a_failing_llm_costs_no_training(small, monkeypatch, capsys):
     assert len(rows(folder / "metrics.csv")) == 3 and (folder / "policy.pt").exists()
 
 
+def test_an_empty_name_of_a_model_is_none():
+    code = "import os; os.environ['OPENAI_MODEL'] = ''; import cli; assert cli.DEFAULTS['model'] is None"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_no_usable_proposal_ends_with_the_reason_and_the_transcript(small, monkeypatch):
     monkeypatch.setattr(StandIn, "__call__", lambda self, messages: Reply("no"))
     with pytest.raises(SystemExit, match=r"(?s)no function in the answer.*llm\.jsonl"):
