@@ -37,21 +37,18 @@ def linear_schedule(step: float, start: float, end: float, duration: float) -> f
 
 
 def random_shift(images: torch.Tensor, pad: int = 4) -> torch.Tensor:
-    """Shifts each image by up to ±`pad` pixels at random, bilinearly interpolated, edges repeated.
+    """Shifts each image by up to ±`pad` whole pixels at random, edges repeated.
 
-    images: float tensor (B, C, H, W) with H = W. Returns the same shape. The shift is drawn in whole pixels, as
-    in the authors' code, and sampled through a grid, which keeps it one batched operation on any device.
+    images: (B, C, H, W) of any type with H = W. Returns the same shape and type, channels last in memory. The authors draw
+    the same shifts and interpolate between pixels where nothing lies between; a gather copies each byte once.
     """
     batch, _, height, width = images.shape
     if height != width:
         raise ValueError(f"random_shift needs square images, got {height}x{width}")
-    padded = F.pad(images, (pad,) * 4, mode="replicate")
-    size = height + 2 * pad
-    # Centres of the first `height` pixels of the padded image, in grid_sample's coordinates from -1 to 1.
-    centres = (torch.arange(height, device=images.device, dtype=images.dtype) * 2 + 1) / size - 1
-    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), dim=-1)
-    shift = torch.randint(0, 2 * pad + 1, (batch, 1, 1, 2), device=images.device).to(images.dtype) * 2 / size
-    return F.grid_sample(padded, grid + shift, mode="bilinear", padding_mode="zeros", align_corners=False)
+    shift = torch.randint(0, 2 * pad + 1, (batch, 2), device=images.device) - pad
+    columns, rows = (torch.arange(height, device=images.device) + shift.T[:, :, None]).clamp(0, height - 1)
+    which = torch.arange(batch, device=images.device)
+    return images[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def truncated_normal(mean: torch.Tensor, std: float, clip: float | None = None) -> torch.Tensor:
@@ -84,11 +81,14 @@ class Encoder(nn.Module):
             layers += [nn.Conv2d(channels, 32, 3, stride), nn.ReLU()]
         self.convnet = nn.Sequential(*layers)
         self.apply(init_weights)
+        # So, a CPU's convolutions take two thirds of the time.
+        self.convnet.to(memory_format=torch.channels_last)
         with torch.no_grad():
             self.out_dim = self(torch.zeros(1, *obs_shape)).shape[1]
 
     def forward(self, images):
-        return self.convnet(images / 255.0 - 0.5).flatten(1)
+        images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        return self.convnet(images.div_(255.0).sub_(0.5)).flatten(1)
 
 
 def trunk(in_dim, feature_dim):
@@ -183,10 +183,9 @@ class DrQV2:
         Returns a dict of floats: critic_loss, actor_loss, q (mean of Q_θ1 over the batch). Raises FloatingPointError
         where a loss is not finite: the networks are lost then.
         """
-        obs, action, reward, discount, next_obs = (torch.as_tensor(a, device=self.device).float() for a in batch)
-        reward, discount = reward.unsqueeze(1), discount.unsqueeze(1)
-        if self.pixels:
-            obs, next_obs = random_shift(obs), random_shift(next_obs)
+        obs, action, reward, discount, next_obs = (torch.as_tensor(a, device=self.device) for a in batch)
+        obs, next_obs = map(random_shift if self.pixels else torch.Tensor.float, (obs, next_obs))
+        action, reward, discount = action.float(), reward.float().unsqueeze(1), discount.float().unsqueeze(1)
         std = linear_schedule(step, *self.std)
 
         h = self.encoder(obs)

@@ -38,10 +38,10 @@ BETTER = 0.6               # no analysis while the LLM prefers the newest attemp
 EXPLORE_STEPS = 1_000      # uniform random actions first
 BOUND = 1e4                # of the rewards that the critic gets: it learns in single precision
 
-# Near DrQ-v2's own settings for pixels; for states, a smaller network that learns faster from few samples.
-AGENT = {"pixels": dict(lr=1e-4, hidden_dim=1024, std=(1.0, 0.1, 50_000), saturation=0.01, average=0.005),
-         "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
-BATCH = {"pixels": 256, "state": 128}
+# Smaller networks and batches than DrQ-v2's own, and larger steps: they learn these skills in fewer samples, and in minutes.
+AGENT = {"pixels": dict(lr=3e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005),
+         "state": dict(lr=1e-3, hidden_dim=128, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
+BATCH = {"pixels": 64, "state": 128}
 
 # A new θ and where it comes from: step, cause (proposal, posterior, analysis or undone), θ by name, the prior's centre for
 # the next update, and the mh.Posterior where there is one.

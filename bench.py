@@ -1,0 +1,264 @@
+"""How fast this is beside what people use; its rows are results/speed.csv, from which the README's table is made.
+
+    pip install -e ".[bench]"
+    python bench.py environment sampler learning                                # panda-gym, emcee, Stable-Baselines3
+    python bench.py update sampler --drqv2 ../drqv2 --aprel ../aprel            # clones of the authors' code and of APReL
+
+Ours and the peer take turns, several times, on the same work; a row is one turn. The last lines on the screen are medians and
+ranges. Nothing else should run meanwhile.
+"""
+
+import argparse
+import contextlib
+import csv
+import importlib.util
+import io
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import selfalign
+from drqv2 import DrQV2
+from envs import TASKS, PandaEnv
+from llm import LLM, read_code
+from mh import MAX_RHAT, MIN_ESS, PRIOR_STD, effective_sample_size, preference_loss, sample_posterior, split_rhat
+from reward import Reward
+from run import Run
+
+REPLIES = Path(__file__).parent / "tests" / "replies"
+
+
+def environment(args):
+    """Control steps per second with random actions; each task beside the one of panda-gym that is most like it."""
+    import gymnasium
+    import panda_gym  # noqa: F401  (registers its environments)
+
+    def speed(env, steps=1000):
+        rng = np.random.default_rng(0)
+        env.reset(seed=0)
+        started = time.perf_counter()
+        for _ in range(steps):
+            _, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+            if terminated or truncated:
+                env.reset()
+        return steps / (time.perf_counter() - started)
+
+    for task, name in (("touch", "PandaReach-v3"), ("push", "PandaPush-v3"), ("grasp", "PandaPickAndPlace-v3")):
+        ours, theirs = PandaEnv(task), gymnasium.make(name, disable_env_checker=True)
+        for _ in range(args.rounds):
+            yield f"control steps/s, {task}", f"panda-gym, {name}", speed(ours), speed(theirs)
+
+
+def update(args):
+    """Updates per second from pixels, DrQ-v2 as published (batch 256, 1024 hidden units), beside the authors' code."""
+    if not args.drqv2:
+        sys.exit("bench.py: update needs --drqv2 PATH, a clone of github.com/facebookresearch/drqv2")
+    sys.path.append(args.drqv2)                            # for its own utils
+    spec = importlib.util.spec_from_file_location("authors", Path(args.drqv2) / "drqv2.py")
+    authors = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(authors)
+    rng, images = np.random.default_rng(0), (256, 9, 84, 84)
+    batch = (rng.integers(256, size=images, dtype=np.uint8), rng.uniform(-1, 1, (256, 4)).astype(np.float32),
+             rng.standard_normal((256, 1)).astype(np.float32), np.full((256, 1), 0.97, np.float32),
+             rng.integers(256, size=images, dtype=np.uint8))
+    ours = DrQV2(images[1:], (4,), args.device)
+    theirs = authors.DrQV2Agent(images[1:], (4,), args.device, 1e-4, 50, 1024, 0.01, 0, 1, "linear(1.0,0.1,50000)", 0.3, False)
+    flat = batch[0], batch[1], batch[2][:, 0], batch[3][:, 0], batch[4]
+
+    def speed(step, times=20 if args.device != "cpu" else 2):
+        started = time.perf_counter()
+        for _ in range(times):
+            step()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        return times / (time.perf_counter() - started)
+
+    for _ in range(1 + args.rounds):                       # the first turn warms up
+        turn = speed(lambda: ours.update(flat, 0)), speed(lambda: theirs.update(iter([batch]), 0))
+        if _:
+            yield f"pixel updates/s, {args.device}", "the authors' drqv2", *turn
+
+
+def sampler(args):
+    """Effective samples per second, from the start to a mixed posterior p(θ | D) of a ranking of 48 trajectories, 9 parameters."""
+    import emcee
+    env, rng = PandaEnv("touch"), np.random.default_rng(0)
+    reward = Reward(read_code((REPLIES / "propose-touch-2.md").read_text()), TASKS["touch"].features)
+    T = []
+    for k in range(selfalign.RANKED):                      # from random to straight towards the block
+        obs, info = env.reset(seed=k)
+        rows, over = [], False
+        while not over:
+            aim = np.clip(2 * obs[3:6], -1, 1) * k / selfalign.RANKED
+            obs, _, _, over, info = env.step(np.append(aim, 0.0) + 0.5 * rng.standard_normal(4))
+            rows.append(list(info["features"].values()))
+        T.append(np.array(rows))
+    R, centre = reward.returns(T), np.array(list(reward.params.values()))
+    truth = centre * np.exp(rng.standard_normal(len(centre)))          # the ranking is by other numbers than the proposal's
+    pairs = selfalign.pairs_of([[i] for i in np.argsort(-R(dict(zip(reward.params, truth))))])
+
+    def log_likelihood(theta):
+        return -preference_loss(R({name: theta[:, i:i + 1] for i, name in enumerate(reward.params)}), pairs, 2 / len(T))
+
+    def density(z):
+        return log_likelihood(centre * np.exp(PRIOR_STD * z)) - 0.5 * (z ** 2).sum(axis=-1)
+
+    def mixed(z):
+        return split_rhat(z).max() < MAX_RHAT and effective_sample_size(z).min() > MIN_ESS
+
+    def ours(seed):
+        return np.log(sample_posterior(log_likelihood, centre, rng=np.random.default_rng(seed)).samples / centre) / PRIOR_STD
+
+    def with_emcee(seed, walkers=32, steps=1_000):
+        np.random.seed(seed)
+        chain = emcee.EnsembleSampler(walkers, len(centre), density, vectorize=True)
+        z, at = None, np.random.standard_normal((walkers, len(centre)))
+        while z is None or not mixed(z) and chain.iteration < 16_000:
+            at = chain.run_mcmc(at, max(steps, chain.iteration))
+            z = chain.get_chain(discard=chain.iteration // 2).transpose(1, 0, 2)
+        return z
+
+    def with_aprel(seed, chains=4, steps=1_000):
+        import aprel.learning.belief_models as belief
+        np.random.seed(seed)
+        user = types.SimpleNamespace(loglikelihood_dataset=lambda _: density(user.params["z"][None])[0], copy=lambda: user)
+        z = np.random.standard_normal((chains, 1, len(centre)))
+        while z.shape[1] < steps or not mixed(z[:, z.shape[1] // 2:]) and z.shape[1] < 32_000:
+            more = [belief.SamplingBasedBelief(user, [], {"z": chain[-1]}, logprior=lambda _: 0.0, burnin=0, thin=1,
+                                               num_samples=max(steps, z.shape[1])).samples for chain in z]
+            z = np.concatenate([z, [[draw["z"] for draw in chain] for chain in more]], axis=1)
+        return z[:, z.shape[1] // 2:]
+
+    peers = {"emcee, 32 walkers": with_emcee}
+    if args.aprel:
+        sys.path.append(args.aprel)
+        for name in ("gym", "moviepy", "moviepy.editor"):  # for its environments and videos, which no sampler needs
+            sys.modules[name] = types.ModuleType(name)
+        sys.modules["gym"].Env = sys.modules["moviepy.editor"].VideoFileClip = sys.modules["moviepy.editor"].ImageSequenceClip = object
+        peers["APReL"] = with_aprel
+
+    def speed(sample, seed):
+        started = time.perf_counter()
+        z = sample(seed)
+        seconds, ess = time.perf_counter() - started, effective_sample_size(z).min()
+        print(f"    {sample.__name__}: {ess:.0f} effective of {z[..., 0].size:,} draws in {seconds:.1f} s, R-hat up to "
+              f"{split_rhat(z).max():.3f}", flush=True)
+        return ess / seconds
+
+    for seed in range(args.rounds):
+        mine = speed(ours, seed)
+        for name, sample in peers.items():
+            yield "effective samples/s", name, mine, speed(sample, seed)
+
+
+def learning(args):
+    """Seconds to 100 % success, twice running, from the state and the same fixed reward, evaluations included."""
+    import gymnasium
+    from stable_baselines3 import SAC, TD3
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    def reward_of(task):
+        env = PandaEnv(task)
+        file = REPLIES / f"propose-{task}-1.md"
+        return file, selfalign.RTheta(Reward(read_code(file.read_text()), TASKS[task].features), selfalign.random_features(env))
+
+    def ours(task, seed):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            run = Run(folder, dict(task=task, reward="fixed", obs="state", seed=seed, steps=args.steps))
+            started = time.perf_counter()
+            steps = selfalign.train(lambda: PandaEnv(task), TASKS[task], LLM(None), run, "fixed", seed, args.steps,
+                                    proposal=str(reward_of(task)[0]))
+            return time.perf_counter() - started, steps
+
+    class Env(gymnasium.Env):
+        """PandaEnv for Stable-Baselines3, with r_θ for its reward."""
+
+        def __init__(self, task, r_theta):
+            self.env, self.r_theta = PandaEnv(task), r_theta
+            self.observation_space = gymnasium.spaces.Box(*self.env.observation_space)
+            self.action_space = gymnasium.spaces.Box(*self.env.action_space)
+
+        def reset(self, seed=None, options=None):
+            return self.env.reset(seed=seed)
+
+        def step(self, action):
+            obs, _, terminated, truncated, info = self.env.step(action)
+            return obs, float(self.r_theta(np.array(list(info["features"].values())))), terminated, truncated, {}
+
+    class Evaluate(BaseCallback):
+        """Stops as `selfalign.train` does, by the same evaluations."""
+
+        def __init__(self, task, seed):
+            super().__init__()
+            self.env, self.successes = PandaEnv(task), []
+            self.env.reset(seed=1_000_000 + seed)
+
+        def _on_step(self):
+            if self.num_timesteps % selfalign.EVAL_EVERY == 0 and self.num_timesteps > selfalign.EXPLORE_STEPS:
+                agent = types.SimpleNamespace(act=lambda obs, step, explore: self.model.predict(obs, deterministic=True)[0])
+                self.successes.append(selfalign.evaluate(agent, self.env, None)[0])
+            return self.successes[-2:] != [1.0, 1.0]
+
+    def theirs(algorithm, task, seed):
+        stop, started = Evaluate(task, seed), time.perf_counter()
+        model = algorithm("MlpPolicy", Env(task, reward_of(task)[1]), gamma=TASKS[task].discount, seed=seed, device="cpu",
+                          learning_starts=selfalign.EXPLORE_STEPS)
+        model.learn(args.steps, callback=stop)
+        return time.perf_counter() - started, stop.num_timesteps - selfalign.EVAL_EVERY if stop.successes[-2:] == [1.0, 1.0] else None
+
+    threads = torch.get_num_threads()
+    for task in TASKS:
+        for seed in range(1, args.seeds + 1):
+            torch.set_num_threads(1)                       # as our command line does
+            seconds, steps = ours(task, seed)
+            print(f"    {task} seed {seed}: {steps or 'not in ' + str(args.steps)} steps, {seconds:.0f} s", flush=True)
+            for algorithm in (SAC, TD3):
+                torch.set_num_threads(threads)
+                peer_seconds, peer_steps = theirs(algorithm, task, seed)
+                print(f"    {algorithm.__name__}: {peer_steps or 'not in ' + str(args.steps)} steps, {peer_seconds:.0f} s", flush=True)
+                yield (f"s to 100 %, {task}", f"Stable-Baselines3, {algorithm.__name__}", seconds if steps else np.inf,
+                       peer_seconds if peer_steps else np.inf)
+
+
+MEASURES = {measure.__name__: measure for measure in (environment, update, sampler, learning)}
+
+
+def table(rows):
+    """Lines of Markdown from rows of (measure, peer, ours, theirs): medians, ranges, and how many times faster we are."""
+    yield "| measure | ours | peer | theirs | ours is faster by |"
+    yield "| --- | --- | --- | --- | --- |"
+    for key in dict.fromkeys((measure, peer) for measure, peer, *_ in rows):
+        ours, theirs = np.array([row[2:] for row in rows if tuple(row[:2]) == key], dtype=float).T
+        ratio = np.median(theirs) / np.median(ours) if key[0].startswith("s to") else np.median(ours) / np.median(theirs)
+        cells = [f"{np.median(x):.3g} ({x.min():.3g} to {x.max():.3g})" for x in (ours, theirs)]
+        yield f"| {key[0]} | {cells[0]} | {key[1]} | {cells[1]} | {ratio:.2f} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("measures", nargs="+", choices=MEASURES)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    parser.add_argument("--seeds", type=int, default=3, help="of learning (default: 3)")
+    parser.add_argument("--steps", type=int, default=40_000, help="of learning, at most (default: 40000)")
+    parser.add_argument("--device", default="cpu", help="of update (default: cpu)")
+    parser.add_argument("--drqv2", help="a clone of github.com/facebookresearch/drqv2")
+    parser.add_argument("--aprel", help="a clone of github.com/Stanford-ILIAD/APReL")
+    parser.add_argument("--out", default="speed.csv", help="rows are appended to it (default: speed.csv)")
+    args = parser.parse_args()
+    rows = []
+    for name in args.measures:
+        print(f"{name}: {MEASURES[name].__doc__}", flush=True)
+        for row in MEASURES[name](args):
+            rows.append(row)
+            with open(args.out, "a", newline="") as file:
+                csv.writer(file).writerow(f"{cell:.5g}" if isinstance(cell, float) else cell for cell in row)
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()
