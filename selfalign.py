@@ -40,7 +40,7 @@ BOUND = 1e4                # of the rewards that the critic gets: it learns in s
 
 # Smaller networks and batches than DrQ-v2's own, and larger steps: they learn these skills in fewer samples, and in minutes.
 AGENT = {"pixels": dict(lr=3e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005),
-         "state": dict(lr=1e-3, hidden_dim=128, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
+         "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
 BATCH = {"pixels": 64, "state": 128}
 
 # A new θ and where it comes from: step, cause (proposal, posterior, analysis or undone), θ by name, the prior's centre for
