@@ -1,11 +1,11 @@
-"""How fast this is beside what people use; its rows are results/speed.csv, from which the README's table is made.
+"""How fast this is beside what people use: the README's table, and its rows as results/speed.csv.
 
     pip install -e ".[bench]"
-    python bench.py environment sampler learning                                # panda-gym, emcee, Stable-Baselines3
-    python bench.py update sampler --drqv2 ../drqv2 --aprel ../aprel            # clones of the authors' code and of APReL
+    python bench.py environment sampler learning                         # panda-gym, emcee, Stable-Baselines3
+    python bench.py update sampler --drqv2 ../drqv2 --aprel ../aprel     # clones of the authors' code and of APReL
+    python bench.py --table results/speed.csv                            # the table of rows measured before
 
-Ours and the peer take turns, several times, on the same work; a row is one turn. The last lines on the screen are medians and
-ranges. Nothing else should run meanwhile.
+Ours and the peer do the same work in turns; a row is one turn. Nothing else should run meanwhile.
 """
 
 import argparse
@@ -36,7 +36,7 @@ REPLIES = Path(__file__).parent / "tests" / "replies"
 def environment(args):
     """Control steps per second with random actions; each task beside the one of panda-gym that is most like it."""
     import gymnasium
-    import panda_gym  # noqa: F401  (registers its environments)
+    import panda_gym  # noqa: F401, it registers its environments
 
     def speed(env, steps=1000):
         rng = np.random.default_rng(0)
@@ -56,8 +56,6 @@ def environment(args):
 
 def update(args):
     """Updates per second from pixels, DrQ-v2 as published (batch 256, 1024 hidden units), beside the authors' code."""
-    if not args.drqv2:
-        sys.exit("bench.py: update needs --drqv2 PATH, a clone of github.com/facebookresearch/drqv2")
     sys.path.append(args.drqv2)                            # for its own utils
     spec = importlib.util.spec_from_file_location("authors", Path(args.drqv2) / "drqv2.py")
     authors = importlib.util.module_from_spec(spec)
@@ -67,25 +65,27 @@ def update(args):
              rng.standard_normal((256, 1)).astype(np.float32), np.full((256, 1), 0.97, np.float32),
              rng.integers(256, size=images, dtype=np.uint8))
     ours = DrQV2(images[1:], (4,), args.device)
-    theirs = authors.DrQV2Agent(images[1:], (4,), args.device, 1e-4, 50, 1024, 0.01, 0, 1, "linear(1.0,0.1,50000)", 0.3, False)
+    theirs = authors.DrQV2Agent(
+        images[1:], (4,), args.device, lr=1e-4, feature_dim=50, hidden_dim=1024, critic_target_tau=0.01, num_expl_steps=0,
+        update_every_steps=1, stddev_schedule="linear(1.0,0.1,50000)", stddev_clip=0.3, use_tb=False)
     flat = batch[0], batch[1], batch[2][:, 0], batch[3][:, 0], batch[4]
 
-    def speed(step, times=20 if args.device != "cpu" else 2):
+    def speed(step, times=2 if args.device == "cpu" else 20):
         started = time.perf_counter()
         for _ in range(times):
             step()
-        if args.device != "cpu":
+        if args.device != "cpu":                           # theirs does not wait for the GPU
             torch.cuda.synchronize()
         return times / (time.perf_counter() - started)
 
-    for _ in range(1 + args.rounds):                       # the first turn warms up
-        turn = speed(lambda: ours.update(flat, 0)), speed(lambda: theirs.update(iter([batch]), 0))
-        if _:
-            yield f"pixel updates/s, {args.device}", "the authors' drqv2", *turn
+    for turn in range(1 + args.rounds):                    # the first one warms up
+        speeds = speed(lambda: ours.update(flat, 0)), speed(lambda: theirs.update(iter([batch]), 0))
+        if turn:
+            yield f"pixel updates/s, {args.device}", "the authors' drqv2", *speeds
 
 
 def sampler(args):
-    """Effective samples per second, from the start to a mixed posterior p(θ | D) of a ranking of 48 trajectories, 9 parameters."""
+    """Effective samples per second, from the start to a mixed posterior of 9 parameters, given 48 ranked trajectories."""
     import emcee
     env, rng = PandaEnv("touch"), np.random.default_rng(0)
     reward = Reward(read_code((REPLIES / "propose-touch-2.md").read_text()), TASKS["touch"].features)
@@ -139,7 +139,8 @@ def sampler(args):
         sys.path.append(args.aprel)
         for name in ("gym", "moviepy", "moviepy.editor"):  # for its environments and videos, which no sampler needs
             sys.modules[name] = types.ModuleType(name)
-        sys.modules["gym"].Env = sys.modules["moviepy.editor"].VideoFileClip = sys.modules["moviepy.editor"].ImageSequenceClip = object
+        sys.modules["gym"].Env = object
+        sys.modules["moviepy.editor"].VideoFileClip = sys.modules["moviepy.editor"].ImageSequenceClip = object
         peers["APReL"] = with_aprel
 
     def speed(sample, seed):
@@ -163,9 +164,9 @@ def learning(args):
     from stable_baselines3.common.callbacks import BaseCallback
 
     def reward_of(task):
-        env = PandaEnv(task)
         file = REPLIES / f"propose-{task}-1.md"
-        return file, selfalign.RTheta(Reward(read_code(file.read_text()), TASKS[task].features), selfalign.random_features(env))
+        reward = Reward(read_code(file.read_text()), TASKS[task].features)
+        return file, selfalign.RTheta(reward, selfalign.random_features(PandaEnv(task)))
 
     def ours(task, seed):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -209,18 +210,22 @@ def learning(args):
         model = algorithm("MlpPolicy", Env(task, reward_of(task)[1]), gamma=TASKS[task].discount, seed=seed, device="cpu",
                           learning_starts=selfalign.EXPLORE_STEPS)
         model.learn(args.steps, callback=stop)
-        return time.perf_counter() - started, stop.num_timesteps - selfalign.EVAL_EVERY if stop.successes[-2:] == [1.0, 1.0] else None
+        learnt = stop.successes[-2:] == [1.0, 1.0]
+        return time.perf_counter() - started, stop.num_timesteps - selfalign.EVAL_EVERY if learnt else None
 
-    threads = torch.get_num_threads()
+    def timed(name, threads, train, *which):
+        torch.set_num_threads(threads)
+        seconds, steps = train(*which)
+        reached = f"{steps:,} steps" if steps else "not learnt"
+        print(f"    {name}, {which[-2]}, seed {which[-1]}: {reached}, {seconds:.0f} s", flush=True)
+        return seconds, steps
+
+    cores = torch.get_num_threads()
     for task in TASKS:
         for seed in range(1, args.seeds + 1):
-            torch.set_num_threads(1)                       # as our command line does
-            seconds, steps = ours(task, seed)
-            print(f"    {task} seed {seed}: {steps or 'not in ' + str(args.steps)} steps, {seconds:.0f} s", flush=True)
+            seconds, steps = timed("ours", 1, ours, task, seed)        # one thread, as our command line
             for algorithm in (SAC, TD3):
-                torch.set_num_threads(threads)
-                peer_seconds, peer_steps = theirs(algorithm, task, seed)
-                print(f"    {algorithm.__name__}: {peer_steps or 'not in ' + str(args.steps)} steps, {peer_seconds:.0f} s", flush=True)
+                peer_seconds, peer_steps = timed(algorithm.__name__, cores, theirs, algorithm, task, seed)
                 yield (f"s to 100 %, {task}", f"Stable-Baselines3, {algorithm.__name__}", seconds if steps else np.inf,
                        peer_seconds if peer_steps else np.inf)
 
@@ -228,20 +233,34 @@ def learning(args):
 MEASURES = {measure.__name__: measure for measure in (environment, update, sampler, learning)}
 
 
+def read(path):
+    """Rows (measure, peer, ours, theirs) of a file that a former run has written."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [(measure, peer, float(ours), float(theirs)) for measure, peer, ours, theirs in csv.reader(file)]
+
+
 def table(rows):
     """Lines of Markdown from rows of (measure, peer, ours, theirs): medians, ranges, and how many times faster we are."""
     yield "| measure | ours | peer | theirs | ours is faster by |"
     yield "| --- | --- | --- | --- | --- |"
     for key in dict.fromkeys((measure, peer) for measure, peer, *_ in rows):
-        ours, theirs = np.array([row[2:] for row in rows if tuple(row[:2]) == key], dtype=float).T
-        ratio = np.median(theirs) / np.median(ours) if key[0].startswith("s to") else np.median(ours) / np.median(theirs)
-        cells = [f"{np.median(x):.3g} ({x.min():.3g} to {x.max():.3g})" for x in (ours, theirs)]
-        yield f"| {key[0]} | {cells[0]} | {key[1]} | {cells[1]} | {ratio:.2f} |"
+        both = np.array([row[2:] for row in rows if tuple(row[:2]) == key], dtype=float).T
+        ours, theirs = np.median(both, axis=1)
+        ratio = theirs / ours if key[0].startswith("s to") else ours / theirs
+        cells = [_cell(x) for x in both]
+        yield f"| {key[0]} | {cells[0]} | {key[1]} | {cells[1]} | {f'{ratio:.2f}' if np.isfinite(ratio) else '–'} |"
+
+
+def _cell(x):
+    """Median and range of x, (N,); infinity where a goal was not reached."""
+    numbers = ["not reached" if np.isinf(n) else f"{n:.0f}" if n >= 100 else f"{n:.3g}"
+               for n in (np.median(x), x.min(), x.max())]
+    return numbers[0] if len(set(numbers)) == 1 else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("measures", nargs="+", choices=MEASURES)
+    parser.add_argument("measures", nargs="*", metavar="measure", help=", ".join(MEASURES))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
     parser.add_argument("--seeds", type=int, default=3, help="of learning (default: 3)")
     parser.add_argument("--steps", type=int, default=40_000, help="of learning, at most (default: 40000)")
@@ -249,14 +268,26 @@ def main():
     parser.add_argument("--drqv2", help="a clone of github.com/facebookresearch/drqv2")
     parser.add_argument("--aprel", help="a clone of github.com/Stanford-ILIAD/APReL")
     parser.add_argument("--out", default="speed.csv", help="rows are appended to it (default: speed.csv)")
+    parser.add_argument("--table", metavar="FILE", help="measure nothing, print the table of a file's rows")
     args = parser.parse_args()
+    unknown = set(args.measures) - set(MEASURES)
+    if unknown or bool(args.measures) == bool(args.table):
+        parser.error(f"name what to measure, of {', '.join(MEASURES)}, or --table FILE")
+    if "update" in args.measures and not args.drqv2:
+        parser.error("update needs --drqv2 PATH, a clone of github.com/facebookresearch/drqv2")
+    if args.table:
+        return print("\n".join(table(read(args.table))))
     rows = []
     for name in args.measures:
         print(f"{name}: {MEASURES[name].__doc__}", flush=True)
-        for row in MEASURES[name](args):
-            rows.append(row)
-            with open(args.out, "a", newline="") as file:
-                csv.writer(file).writerow(f"{cell:.5g}" if isinstance(cell, float) else cell for cell in row)
+        try:
+            for row in MEASURES[name](args):
+                rows.append(row)
+                with open(args.out, "a", newline="") as file:
+                    cells = (f"{cell:.5g}" if isinstance(cell, float) else cell for cell in row)
+                    csv.writer(file, lineterminator="\n").writerow(cells)
+        except ModuleNotFoundError as error:
+            sys.exit(f'bench.py: no module {error.name}: pip install -e ".[bench]", and give clones by --drqv2 and --aprel')
     print("\n".join(table(rows)))
 
 

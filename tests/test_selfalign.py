@@ -586,7 +586,7 @@ def test_the_analysis_prompt_says_how_theta_came_about():
     assert result == ("x", {"contact_threshold": 0.2})
     for words in ("- 0 steps, proposal: reach_weight=1,", "- 10,000 steps, posterior: reach_weight=0.125,", "2,000: 0%, 3,000: 35%",
                   "reach_weight=0.125", "discount of 0.97", "orders 38% wrongly",
-                  "reward per step 0.0838 = 0.0838 (reach) + 0 (contact)"):
+                  "reward per step 0.0838 = 0.0838 (reach) + 0 (slow) + 0 (contact)"):
         assert words in asked[0], words
     assert "$" not in asked[0]
 

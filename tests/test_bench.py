@@ -1,0 +1,31 @@
+"""The table of speeds; the measures themselves need the peers, and are no tests."""
+
+import csv
+
+import pytest
+
+import bench
+
+ROWS = [("control steps/s, touch", "panda-gym", 1500.0, 1000.0), ("control steps/s, touch", "panda-gym", 1800.0, 1000.0),
+        ("control steps/s, touch", "panda-gym", 1600.0, 800.0), ("s to 100 %, touch", "SAC", 30.0, 120.0),
+        ("s to 100 %, touch", "TD3", 30.0, float("inf"))]
+
+
+def test_the_table_has_medians_ranges_and_what_is_faster(tmp_path):
+    file = tmp_path / "speed.csv"
+    with open(file, "w", newline="") as opened:
+        csv.writer(opened).writerows(ROWS)
+    assert bench.read(file) == ROWS
+    assert list(bench.table(ROWS))[2:] == [
+        "| control steps/s, touch | 1600 (1500 to 1800) | panda-gym | 1000 (800 to 1000) | 1.60 |",
+        "| s to 100 %, touch | 30 | SAC | 120 | 4.00 |",                        # seconds: the fewer the faster
+        "| s to 100 %, touch | 30 | TD3 | not reached | – |"]
+
+
+@pytest.mark.parametrize("flags, reason", [([], "name what to measure"), (["speed"], "name what to measure"),
+                                           (["update"], "update needs --drqv2"), (["update", "--table", "x"], "name what")])
+def test_what_cannot_be_measured_is_named(flags, reason, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.py", *flags])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert reason in capsys.readouterr().err
