@@ -27,7 +27,7 @@ from drqv2 import DrQV2
 from envs import TASKS, PandaEnv
 from llm import LLM, read_code
 from mh import MAX_RHAT, MIN_ESS, PRIOR_STD, effective_sample_size, preference_loss, sample_posterior, split_rhat
-from reward import Reward
+from reward import Reward, RTheta
 from run import Run
 
 REPLIES = Path(__file__).parent / "tests" / "replies"
@@ -166,7 +166,7 @@ def learning(args):
     def reward_of(task):
         file = REPLIES / f"propose-{task}-1.md"
         reward = Reward(read_code(file.read_text()), TASKS[task].features)
-        return file, selfalign.RTheta(reward, selfalign.random_features(PandaEnv(task)))
+        return file, RTheta(reward, selfalign.random_features(PandaEnv(task)))
 
     def ours(task, seed):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

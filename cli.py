@@ -81,8 +81,8 @@ def check(args, fail) -> None:
         fail(f"--steps {args.steps} needs {frames:.0f} GB of memory for what is lived, and this machine has {memory:.0f}")
     try:
         torch.zeros(1, device=args.device).item()           # of "meta" there is no value
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        fail(f"--device {args.device!r} cannot be used: {str(error).splitlines()[0]}")
 
 
 def start(args: argparse.Namespace) -> tuple[Run, LLM]:
@@ -166,7 +166,7 @@ def display_answers() -> bool:
             server.settimeout(2)
             server.connect(f"/tmp/.X11-unix/X{number}" if local else (host, 6000 + int(number)))
         return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError, TypeError):      # of names that are no display's
         return False
 
 

@@ -12,6 +12,8 @@ where scores differ by more than the stand-in's tolerance; one that R_θ leaves 
 import argparse
 import json
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,8 @@ import standin
 from envs import EPISODE_STEPS, TASKS
 from llm import LLM, prompt, read_code
 from questions import describe, rank_attempts
-from reward import Reward, RewardError
-from selfalign import (DISCORDANT, GAIN, UPDATE_EVERY, Change, RTheta, choose_trajectories, discordant, estimate, pairs_of,
+from reward import Reward, RewardError, RTheta
+from selfalign import (DISCORDANT, GAIN, UPDATE_EVERY, Change, choose_trajectories, discordant, estimate, pairs_of,
                        sample_theta)
 from mh import SamplerError
 
@@ -47,7 +49,7 @@ def judge(task, reward, theta, episodes, scores, seed=0):
     T, age, chosen = choose_trajectories(episodes[:period], r_theta, task.horizon, rng)
     pairs = pairs_of(rank_attempts(LLM(standin.StandIn(), lambda exchange: None), task, T))
     new, result = theta, {"taken": 0, "rhat": np.nan, "ess": np.nan}
-    if discordant(reward.returns(T)(theta), pairs).mean() > DISCORDANT:      # what `selfalign.align` does
+    if discordant(reward.returns(T)(theta), pairs).sum() > DISCORDANT * len(pairs):      # what `selfalign.align` does
         posterior = sample_theta(reward, theta, [(T, pairs)], rng)
         better, gain = estimate(posterior, reward, Change(0, "proposal", theta, theta), [(T, pairs)])
         taken = posterior.mixed and gain > GAIN
@@ -70,10 +72,10 @@ def main():
     parser.add_argument("--wrong", action="store_true", help="also each parameter ten times too large and too small")
     args = parser.parse_args()
     try:
-        task = TASKS[json.loads((Path(args.run) / "settings.json").read_text())["task"]]
+        task = TASKS[json.loads((Path(args.run) / "settings.json").read_text(encoding="utf-8"))["task"]]
         with np.load(Path(args.run) / "episodes.npz") as archive:
             episodes = [archive[f"arr_{i}"].astype(float) for i in range(len(archive.files))]
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         sys.exit(f"{args.run} holds no finished run: {error}")
     if len(episodes) < UPDATE_EVERY // EPISODE_STEPS:
         sys.exit(f"{args.run} has {len(episodes)} episodes; one update of θ needs {UPDATE_EVERY // EPISODE_STEPS}")
@@ -95,14 +97,20 @@ def main():
                 print(f"{path}, {name} x {factor:g}: {error}", file=sys.stderr)
                 continue
             rows.append([result[column] for column in header])
-            print(",".join([args.run, Path(path).name, name, f"{factor:g}", *(f"{value:.4g}" for value in rows[-1])]), flush=True)
-    mean = np.nanmean(rows, axis=0)
-    change = np.array(rows)[:, [3, 5]] - np.array(rows)[:, [2, 4]]
-    print(f"mean of {len(rows)}: " + ", ".join(f"{kind} {mean[i]:.3f} -> {mean[i + 1]:.3f}" for kind, i in
-                                             (("T", 0), ("held", 2), ("late", 4)))
-          + f"; worst change held {np.nanmin(change[:, 0]):+.3f}, late {np.nanmin(change[:, 1]):+.3f}; "
-          f"taken {mean[6]:.0%}; R-hat up to {np.nanmax([row[7] for row in rows]):.3f}, "
-          f"effective sample size from {np.nanmin([row[8] for row in rows]):.0f}", file=sys.stderr)
+            print(",".join([args.run, Path(path).name, name, f"{factor:g}", *(f"{x:.4g}" for x in rows[-1])]), flush=True)
+    if not rows:
+        sys.exit("no update of θ could be judged")
+    # Masked is what there is none of, such as the accuracy on later episodes of a run without any.
+    known = np.ma.masked_invalid(rows)
+    mean, worst = known.mean(axis=0).filled(np.nan), (known[:, [3, 5]] - known[:, [2, 4]]).min(axis=0).filled(np.nan)
+    means = [f"{kind} {mean[i]:.3f} -> {mean[i + 1]:.3f}"
+             for kind, i in (("T", 0), ("held", 2), ("late", 4)) if mean[i] >= 0]
+    worsts = [f"{kind} {least:+.3f}" for kind, least in zip(("held", "late"), worst) if np.isfinite(least)]
+    sampled = [row[7:9] for row in rows if row[7] > 0]
+    diagnostics = (f"; R-hat up to {max(rhat for rhat, _ in sampled):.3f}, effective sample size from "
+                   f"{min(ess for _, ess in sampled):.0f}") if sampled else ""
+    print(f"mean of {len(rows)}: {', '.join(means)}; worst change {', '.join(worsts)}; taken {mean[6]:.0%}{diagnostics}",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from envs import TASKS, PandaEnv
 from llm import LLM, LLMError
 from mh import Posterior, SamplerError, preference_loss, sample_posterior
 from questions import analyse_failure, propose_reward, rank_attempts
-from reward import Reward
+from reward import RTheta
 from run import Run, Screen, State, print_analysis, print_posterior, print_ranking
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ: a period
@@ -36,7 +36,6 @@ WORSE = 0.7                # a change is undone if the LLM prefers the attempts 
 FAILS = 0.1                # a period of at most this mean success calls for an analysis beside the posterior
 BETTER = 0.6               # no analysis while the LLM prefers the newest attempts to earlier ones more often than this
 EXPLORE_STEPS = 1_000      # uniform random actions first
-BOUND = 1e4                # of the rewards that the critic gets: it learns in single precision
 
 # Smaller networks and batches than DrQ-v2's own, and larger steps: they learn these skills in fewer samples, and in minutes.
 AGENT = {"pixels": dict(lr=3e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005),
@@ -178,65 +177,6 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
             r_theta.change(change.theta, episodes[-(UPDATE_EVERY // task.horizon // 2):])       # the last half period's
             buffer.relabel(r_theta)
             run.theta(r_theta.reward, change)
-
-
-class RTheta:
-    """r_θ(f_t) as the critic sees it: (Σ terms − centre) / scale, within ±BOUND, and 0 where that is no number.
-
-    The critic starts at 0: were all rewards above that, whatever is tried first would look better than what is not, and the
-    actor would saturate there for good. So the random behaviour in `features`, (N, F), earns 0 on average to begin with. As
-    long as nothing terminates, a constant and a factor change nothing about which policy is best.
-    """
-
-    def __init__(self, reward: Reward, features: np.ndarray):
-        self.reward, self.theta, self.scale = reward, dict(reward.params), 1.0
-        self.centre = reward.total(reward.named(features)).mean()
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Of one step, (F,), or of many, (N, F)."""
-        named = dict(zip(self.reward.offered, features.T))
-        value = (self.reward.total(named, self.theta) - self.centre) / self.scale
-        if not np.all(np.abs(value) <= BOUND):
-            self._name_strange_terms(named)
-        return np.clip(np.nan_to_num(value, nan=0.0, posinf=BOUND, neginf=-BOUND), -BOUND, BOUND)
-
-    def _name_strange_terms(self, features):
-        """Says once of each term that it leaves the bounds; a failure analysis is told so, too."""
-        for name, term in self.reward.terms(features, self.theta).items():
-            strange = np.atleast_1d(term)[~(np.abs(np.atleast_1d(term)) <= BOUND * self.scale)]
-            if len(strange) and name not in self.reward.strange:
-                self.reward.strange[name] = float(strange[0])
-                print(f"\n  The reward's term {name} has become {strange[0]:.4g} in a step. The critic gets {BOUND:g} at most, and 0 for "
-                      "what is no number; a failure analysis is told so.\n", flush=True)
-
-    def state_dict(self) -> dict:
-        return {"source": self.reward.source, "theta": self.theta, "centre": float(self.centre), "scale": self.scale,
-                "strange": dict(self.reward.strange)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.theta, self.centre, self.scale = state["theta"], state["centre"], state["scale"]
-        self.reward.strange.update(state["strange"])
-
-    def change(self, theta: dict[str, float], episodes: list[np.ndarray]) -> None:
-        """A new θ; centre and scale keep the mean and the spread that rewards had on `episodes`, the last ones lived."""
-        features = self.reward.named(np.concatenate(episodes))
-        old, new = self.reward.total(features, self.theta), self.reward.total(features, theta)
-        self.theta, (self.centre, self.scale) = theta, match_level(old, new, self.centre, self.scale)
-
-
-def match_level(old, new, centre, scale):
-    """The centre and scale that give r_θ's new values the mean and spread that the old had, all arrays (N,).
-
-    Rankings fix how r_θ's terms compare, but no constant and hardly their common scale; the critic is used to one.
-    Values that are not finite do not count; a spread that changes a thousandfold or more (a reward as good as constant
-    before or after) leaves the scale as it is.
-    """
-    old, new = np.ma.masked_invalid(old), np.ma.masked_invalid(new)
-    spreads = new.std(), old.std()
-    if not 1e-3 * spreads[1] < spreads[0] < 1e3 * spreads[1]:
-        spreads = 1.0, 1.0
-    shifted = new.mean() - (old.mean() - centre) * spreads[0] / spreads[1]
-    return (float(shifted), scale * float(spreads[0] / spreads[1])) if np.isfinite(shifted) else (centre, scale)
 
 
 def random_features(env) -> np.ndarray:

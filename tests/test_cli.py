@@ -120,7 +120,7 @@ def checked(**values):
     ("task", tuple(TASKS), ("fly", "")), ("reward", ("selfalign", "fixed", "sparse"), ("dense",)),
     ("obs", ("state", "pixels"), ("sound",)),
     ("llm", ("auto", "replay:x"), (None, 5)), ("model", (None, "", "m"), (5,)), ("proposal", (None, "", "p.py"), (5, ["p"])),
-    ("device", ("cpu",), ("abacus", "meta", "cuda:99", 3))])
+    ("device", ("cpu",), ("abacus", "meta", "cuda:99", "hpu", "cpu\n", 3))])
 def test_what_settings_may_be(name, good, bad, monkeypatch):
     monkeypatch.setattr(cli.os, "sysconf", lambda name: 2 ** 40)               # memory without end
     for value in good:
@@ -233,7 +233,7 @@ def test_a_run_goes_on_with_its_settings_and_those_that_are_given(begin, capsys)
     begin("--resume", str(first.folder), "--llm", "offline")[0].close()
     assert settings_of(run.folder)["llm"] == "offline" and settings_of(run.folder)["steps"] == 800
     (run.folder / "settings.json").write_text(json.dumps({**settings_of(run.folder), "device": "abacus"}))
-    with pytest.raises(SystemExit, match=f"{first.folder} cannot go on: --device abacus cannot be used"):
+    with pytest.raises(SystemExit, match=f"{first.folder} cannot go on: --device 'abacus' cannot be used"):
         begin("--resume", str(first.folder))
 
 
@@ -376,6 +376,13 @@ def test_the_display_that_is_named_is_asked_whether_it_is_there(display, address
     assert asked == [(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, socket.SOCK_STREAM), address]
     monkeypatch.setattr(sys, "platform", "darwin")                    # there is a window without X
     assert cli.display_answers() is True and len(asked) == 2
+
+
+@pytest.mark.parametrize("display", ["", "no display", "127.0.0.1:", "127.0.0.1:99999999", "127.0.0.1:-7000", "\udcff:1", ":0/" + 200 * "x"])
+def test_what_names_no_display_is_none(display, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("DISPLAY", display)
+    assert cli.display_answers() is False
 
 
 class Stage:

@@ -235,6 +235,19 @@ def test_wrong_numbers_are_each_tenfold_and_a_tenth_beside_the_reward_as_it_is(m
                    "worst change held +0.000, late +0.100; taken 50%; R-hat up to 1.010, effective sample size from 300"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_summary_leaves_out_what_there_is_none_of(main, tmp_path):
+    (tmp_path / "a.py").write_text(CODE)
+    _, err = main(str(tmp_path / "a.py"), judged=lambda theta: result_of([0.5, 0.5, 0.5, 0.6] + 2 * [math.nan], 0, math.nan, math.nan))
+    assert err == ["mean of 1: T 0.500 -> 0.500, held 0.500 -> 0.600; worst change held +0.100; taken 0%"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_nothing_is_ranked_nothing_is_said_to_disagree(judge):
+    same = judge([touching(3)] * 15)
+    assert same["taken"] == 0 and all(math.isnan(same[f"{kind}_before"]) for kind in ("T", "held", "late"))
+
+
 @pytest.mark.parametrize("error", [SamplerError("nothing can be sampled"), RewardError("it grows without bound")])
 def test_a_case_that_cannot_be_judged_is_named_and_left_out(error, main, tmp_path):
     (tmp_path / "a.py").write_text(CODE)
@@ -245,6 +258,11 @@ def test_a_case_that_cannot_be_judged_is_named_and_left_out(error, main, tmp_pat
         return result_of([0.5] * 6)
     out, err = main(str(tmp_path / "a.py"), "--wrong", judged=judged)
     assert err[0] == f"{tmp_path}/a.py, least x 10: {error}" and err[1].startswith("mean of 4: ") and len(out) == 5
+
+    def never(theta):
+        raise error
+    with pytest.raises(SystemExit, match="no update of θ could be judged"):
+        main(str(tmp_path / "a.py"), judged=never)
 
 
 def test_what_is_no_run_or_no_reward_is_said_in_one_line(main, tmp_path):
@@ -259,11 +277,14 @@ def test_what_is_no_run_or_no_reward_is_said_in_one_line(main, tmp_path):
     refused("bad.py holds no reward for touch: .*wind", str(tmp_path / "bad.py"))
     refused("none.py holds no reward for touch: .*No such file", str(tmp_path / "none.py"))
     refused("nowhere holds no finished run: .*No such file", folder=tmp_path / "nowhere")
-    for settings in ("{", "{}", '{"task": "fly"}'):
+    for settings in ("{", "{}", "[]", '{"task": "fly"}', '{"task": ["touch"]}'):
         (tmp_path / "settings.json").write_text(settings)
         refused(f"{tmp_path} holds no finished run: ")
     (tmp_path / "settings.json").write_text('{"task": "touch"}')
-    (tmp_path / "episodes.npz").write_bytes(b"PK")
-    refused(f"{tmp_path} holds no finished run: ")
+    np.savez_compressed(tmp_path / "episodes.npz", *[np.zeros((2, len(NAMES)), np.float32)] * 3)
+    whole = (tmp_path / "episodes.npz").read_bytes()
+    for damaged in (b"PK", whole[:200], whole[:80] + b"x" * 20 + whole[100:]):
+        (tmp_path / "episodes.npz").write_bytes(damaged)
+        refused(f"{tmp_path} holds no finished run: ")
     np.savez_compressed(tmp_path / "episodes.npz", *[np.zeros((2, len(NAMES)), np.float32)] * 199)
     refused(f"{tmp_path} has 199 episodes; one update of θ needs 200")            # 10,000 steps

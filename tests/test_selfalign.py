@@ -18,7 +18,7 @@ import selfalign
 from envs import TASKS, Feature, PandaEnv, Space, Task
 from llm import LLM, Reply, read_code
 from mh import Posterior, preference_loss, sample_posterior
-from reward import Reward
+from reward import BOUND, Reward, RTheta, match_level
 from run import Run
 from standin import StandIn
 
@@ -311,7 +311,7 @@ def test_trajectories_are_the_newest_the_earlier_and_a_spread_in_random_order():
     reward = Reward("def r(contact_force, w=1.0):\n    return {'a': w * contact_force}", names)
     value = np.random.default_rng(1).permutation(450).astype(float)
     episodes = [np.full((2, len(names)), v) for v in value]
-    r_theta = selfalign.RTheta(reward, episodes[0])
+    r_theta = RTheta(reward, episodes[0])
     T, age, chosen = selfalign.choose_trajectories(episodes, r_theta, 50, np.random.default_rng(0))
     assert len(T) == selfalign.RANKED == 48 == len(set(chosen)) and chosen.min() >= 200
     for tau, index in zip(T, chosen):
@@ -364,18 +364,18 @@ def test_theta_changes_relabel_the_buffer_and_keep_the_level_of_rewards(small, m
 def test_a_new_theta_keeps_the_level_of_rewards():
     rng = np.random.default_rng(0)
     old, new = rng.normal(5, 2, 1000), rng.normal(-300, 40, 1000)
-    centre, scale = selfalign.match_level(old, new, 4.0, 0.5)
+    centre, scale = match_level(old, new, 4.0, 0.5)
     assert ((new - centre) / scale).mean() == pytest.approx(((old - 4) / 0.5).mean())
     assert ((new - centre) / scale).std() == pytest.approx((old / 0.5).std())
     holes = np.where(np.arange(1000) % 7 == 0, -np.inf, new)
-    centre, scale = selfalign.match_level(old, holes, 4.0, 0.5)
+    centre, scale = match_level(old, holes, 4.0, 0.5)
     assert ((new - centre) / scale)[np.isfinite(holes)].mean() == pytest.approx(((old - 4) / 0.5).mean())
     # As good as constant, before or after: only the mean can be kept. Nothing finite: nothing changes.
     flat = np.full(1000, 0.1 * 3) + 1e-15 * rng.standard_normal(1000)
     for before, after in ((old, flat), (flat, new)):
-        centre, scale = selfalign.match_level(before, after, 4.0, 0.5)
+        centre, scale = match_level(before, after, 4.0, 0.5)
         assert scale == 0.5 and (after - centre).mean() == pytest.approx((before - 4).mean())
-    assert selfalign.match_level(old, np.full(1000, np.nan), 4.0, 0.5) == (4.0, 0.5)
+    assert match_level(old, np.full(1000, np.nan), 4.0, 0.5) == (4.0, 0.5)
 
 
 class Line:
@@ -508,7 +508,7 @@ def test_evaluation_changes_nothing_in_training(small, monkeypatch):
 @pytest.mark.parametrize("horizon", [50, 250, 500, 1000, 2500])
 def test_a_ranking_holds_no_trajectory_twice_and_fewer_where_there_are_fewer(horizon):
     period, reward = 10_000 // horizon, Reward("def r(x, w=1.0):\n    return {'a': w * x}", ["x"])
-    r_theta = selfalign.RTheta(reward, np.zeros((1, 1)))
+    r_theta = RTheta(reward, np.zeros((1, 1)))
     for end in (period, 2 * period, 3 * period):
         episodes = [np.full((2, 1), i % 7) for i in range(end)]
         T, age, chosen = selfalign.choose_trajectories(episodes, r_theta, horizon, np.random.default_rng(0))
@@ -679,7 +679,7 @@ def test_evaluation_counts_fresh_successful_episodes(monkeypatch):
             assert not explore
             return np.zeros(4)
     assert selfalign.evaluate(Agent(), Env(), None) == (0.5, 1.5, 1.5)
-    r_theta = selfalign.RTheta(Reward("def r(x, w=3.0):\n    return {'a': w * x}", ["x"]), np.zeros((1, 1)))
+    r_theta = RTheta(Reward("def r(x, w=3.0):\n    return {'a': w * x}", ["x"]), np.zeros((1, 1)))
     assert selfalign.evaluate(Agent(), Env(), r_theta) == (0.5, 1.5, 30.0)
 
 
@@ -833,14 +833,14 @@ def test_the_key_is_nowhere(small, monkeypatch, capsys):
 
 def test_what_the_critic_gets_is_finite_and_bounded_and_what_is_not_is_named_once(capsys):
     reward = Reward("def r(x, y, w=1.0):\n    return {'steep': np.exp(x / w), 'root': np.sqrt(y), 'fine': x}", ["x", "y"])
-    r_theta = selfalign.RTheta(reward, np.zeros((3, 2)))
+    r_theta = RTheta(reward, np.zeros((3, 2)))
     assert r_theta(np.array([0.0, 0.0])) == 0.0 and not capsys.readouterr().out
-    assert r_theta(np.array([1000.0, 0.0])) == selfalign.BOUND and r_theta(np.array([1.0, -1.0])) == 0.0
-    np.testing.assert_array_equal(r_theta(np.array([[0.0, 0.0], [1000.0, 0.0], [0.0, -1.0]])), [0, selfalign.BOUND, 0])
+    assert r_theta(np.array([1000.0, 0.0])) == BOUND and r_theta(np.array([1.0, -1.0])) == 0.0
+    np.testing.assert_array_equal(r_theta(np.array([[0.0, 0.0], [1000.0, 0.0], [0.0, -1.0]])), [0, BOUND, 0])
     said = capsys.readouterr().out
     assert said.count("term steep has become inf") == 1 and said.count("term root has become nan") == 1 and "fine" not in said
     assert "steep = inf, root = nan" in questions.strange_note(reward)
-    again = selfalign.RTheta(Reward(reward.source, ["x", "y"]), np.zeros((3, 2)))
+    again = RTheta(Reward(reward.source, ["x", "y"]), np.zeros((3, 2)))
     again.load_state_dict(r_theta.state_dict())
     assert questions.strange_note(again.reward) == questions.strange_note(reward)
     assert questions.strange_note(offline_reward("touch")) == ""
