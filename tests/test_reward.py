@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from reward import FUNCTIONS, Reward, RewardError
+from reward import BOUND, FUNCTIONS, Reward, RewardError, RTheta, match_level
 
 FEATURES = ["distance", "force", "height"]
 SOURCE = '''
@@ -390,3 +390,47 @@ def test_random_programs_have_the_values_of_the_same_arithmetic(seed, count=40):
 def test_arithmetic_warns_of_nothing(recwarn):
     reward = Reward("def r(force, w=1.0):\n    return {'a': np.log(force) / force, 'b': np.exp(1000 * w) * force}", FEATURES)
     assert not np.isfinite(reward.total({"force": np.array([0.0, -1.0])})).any() and not recwarn.list
+
+
+def test_a_new_theta_keeps_the_level_of_rewards():
+    rng = np.random.default_rng(0)
+    old, new = rng.normal(5, 2, 1000), rng.normal(-300, 40, 1000)
+    centre, scale = match_level(old, new, 4.0, 0.5)
+    assert ((new - centre) / scale).mean() == pytest.approx(((old - 4) / 0.5).mean())
+    assert ((new - centre) / scale).std() == pytest.approx((old / 0.5).std())
+    holes = np.where(np.arange(1000) % 7 == 0, -np.inf, new)
+    centre, scale = match_level(old, holes, 4.0, 0.5)
+    assert ((new - centre) / scale)[np.isfinite(holes)].mean() == pytest.approx(((old - 4) / 0.5).mean())
+    # As good as constant, before or after: only the mean can be kept. Nothing finite: nothing changes.
+    flat = np.full(1000, 0.1 * 3) + 1e-15 * rng.standard_normal(1000)
+    for before, after in ((old, flat), (flat, new)):
+        centre, scale = match_level(before, after, 4.0, 0.5)
+        assert scale == 0.5 and (after - centre).mean() == pytest.approx((before - 4).mean())
+    assert match_level(old, np.full(1000, np.nan), 4.0, 0.5) == (4.0, 0.5)
+
+
+def test_the_critic_gets_finite_bounded_rewards_of_which_random_behaviour_earns_nothing(capsys):
+    reward = Reward("def r(x, y, w=1.0):\n    return {'steep': np.exp(x / w), 'root': np.sqrt(y), 'fine': x}", ["x", "y"])
+    tried = np.array([[0.0, 4.0], [0.0, 0.0]])                        # rewards 3 and 1
+    r_theta = RTheta(reward, tried)
+    assert r_theta.centre == 2.0 and r_theta(tried).tolist() == [1.0, -1.0] and r_theta(tried[0]) == 1.0
+    assert not capsys.readouterr().out
+    for features, expected in (([1000.0, 0.0], BOUND), ([1.0, -1.0], 0.0)):
+        assert r_theta(np.array(features)) == expected
+    np.testing.assert_array_equal(r_theta(np.array([[0.0, 0.0], [1000.0, 0.0], [0.0, -1.0]])), [-1, BOUND, 0])
+    said = capsys.readouterr().out                                    # once of each term
+    assert said.count("term steep has become inf") == 1 and said.count("term root has become nan") == 1 and "fine" not in said
+    assert reward.strange["steep"] == np.inf and np.isnan(reward.strange["root"])
+
+
+def test_a_changed_theta_counts_and_keeps_the_level_that_the_last_episodes_had():
+    reward = Reward("def r(x, w=1.0):\n    return {'a': w * x}", ["x"])
+    r_theta = RTheta(reward, np.zeros((1, 1)))
+    lived = [np.array([[1.0], [2.0]]), np.array([[5.0]])]
+    before = r_theta(np.concatenate(lived))
+    r_theta.change({"w": 10.0}, lived)
+    np.testing.assert_allclose(r_theta(np.concatenate(lived)), before)
+    assert r_theta.theta == {"w": 10.0} and reward.params == {"w": 1.0}
+    again = RTheta(Reward(reward.source, ["x"]), np.ones((1, 1)))
+    again.load_state_dict(r_theta.state_dict())
+    assert (again.theta, again.centre, again.scale) == (r_theta.theta, r_theta.centre, r_theta.scale)

@@ -18,7 +18,7 @@ import selfalign
 from envs import TASKS, Feature, PandaEnv, Space, Task
 from llm import LLM, Reply, read_code
 from mh import Posterior, preference_loss, sample_posterior
-from reward import BOUND, Reward, RTheta, match_level
+from reward import Reward, RTheta
 from run import Run
 from standin import StandIn
 
@@ -359,23 +359,6 @@ def test_theta_changes_relabel_the_buffer_and_keep_the_level_of_rewards(small, m
         spread, mean = np.polyfit(new, stored, 1)
         assert spread > 0
         np.testing.assert_allclose(stored, mean + spread * new, rtol=1e-3, atol=1e-3)
-
-
-def test_a_new_theta_keeps_the_level_of_rewards():
-    rng = np.random.default_rng(0)
-    old, new = rng.normal(5, 2, 1000), rng.normal(-300, 40, 1000)
-    centre, scale = match_level(old, new, 4.0, 0.5)
-    assert ((new - centre) / scale).mean() == pytest.approx(((old - 4) / 0.5).mean())
-    assert ((new - centre) / scale).std() == pytest.approx((old / 0.5).std())
-    holes = np.where(np.arange(1000) % 7 == 0, -np.inf, new)
-    centre, scale = match_level(old, holes, 4.0, 0.5)
-    assert ((new - centre) / scale)[np.isfinite(holes)].mean() == pytest.approx(((old - 4) / 0.5).mean())
-    # As good as constant, before or after: only the mean can be kept. Nothing finite: nothing changes.
-    flat = np.full(1000, 0.1 * 3) + 1e-15 * rng.standard_normal(1000)
-    for before, after in ((old, flat), (flat, new)):
-        centre, scale = match_level(before, after, 4.0, 0.5)
-        assert scale == 0.5 and (after - centre).mean() == pytest.approx((before - 4).mean())
-    assert match_level(old, np.full(1000, np.nan), 4.0, 0.5) == (4.0, 0.5)
 
 
 class Line:
@@ -831,14 +814,10 @@ def test_the_key_is_nowhere(small, monkeypatch, capsys):
     assert len(rows(folder / "metrics.csv")) == 3                    # and nothing was lost
 
 
-def test_what_the_critic_gets_is_finite_and_bounded_and_what_is_not_is_named_once(capsys):
+def test_an_analysis_is_told_which_terms_were_no_numbers_after_a_resume_too():
     reward = Reward("def r(x, y, w=1.0):\n    return {'steep': np.exp(x / w), 'root': np.sqrt(y), 'fine': x}", ["x", "y"])
     r_theta = RTheta(reward, np.zeros((3, 2)))
-    assert r_theta(np.array([0.0, 0.0])) == 0.0 and not capsys.readouterr().out
-    assert r_theta(np.array([1000.0, 0.0])) == BOUND and r_theta(np.array([1.0, -1.0])) == 0.0
-    np.testing.assert_array_equal(r_theta(np.array([[0.0, 0.0], [1000.0, 0.0], [0.0, -1.0]])), [0, BOUND, 0])
-    said = capsys.readouterr().out
-    assert said.count("term steep has become inf") == 1 and said.count("term root has become nan") == 1 and "fine" not in said
+    r_theta(np.array([[1000.0, 0.0], [0.0, -1.0]]))
     assert "steep = inf, root = nan" in questions.strange_note(reward)
     again = RTheta(Reward(reward.source, ["x", "y"]), np.zeros((3, 2)))
     again.load_state_dict(r_theta.state_dict())
