@@ -117,6 +117,7 @@ def ask(monkeypatch):
             result = error
         server.socket.close()
         assert KEY not in str(result) and KEY not in json.dumps(exchanges)
+        assert asked.exchanges == len(exchanges)
         return result, server, waits, exchanges
     return run
 

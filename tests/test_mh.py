@@ -103,6 +103,16 @@ def test_a_mean_that_is_shown_to_differ_from_the_centre_is_taken_however_little_
     assert math.log(posterior.mean[0], 4) == pytest.approx(1 / 6, abs=3 * math.sqrt(0.5 / posterior.ess[0]))
 
 
+def test_a_mean_differs_from_the_centre_by_more_than_three_standard_errors_or_not_at_all(monkeypatch):
+    draws = np.random.default_rng(0).standard_normal((3, 8, 1000, 4))
+    draws -= draws.mean(axis=(1, 2), keepdims=True)
+    error = draws[0].std(axis=(0, 1)) / np.sqrt(effective_sample_size(draws[0]))
+    draws[0] += [2.9, -2.9, 3.1, -3.1] * error
+    monkeypatch.setattr("mh.metropolis_hastings", lambda *args: (draws, 0.3))
+    posterior = sample_posterior(lambda theta: np.zeros(len(theta)), np.full(4, 2.0), prior_std=1.0, steps=(1000,))
+    np.testing.assert_allclose(posterior.mean, 2 * np.exp([0, 0, 3.1 * error[2], -3.1 * error[3]]), rtol=1e-12)
+
+
 def test_every_rung_has_its_own_target():
     # Conjugate once more, in the space of the sampler: to rung t the likelihood is as informative as powers[t] says.
     means, stds, powers = np.array([1.5, -1.0]), np.array([0.5, 0.2]), (1.0, 0.5, 0.2, 0.05)
