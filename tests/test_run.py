@@ -16,6 +16,8 @@ import run as run_module
 import selfalign
 from envs import Feature, PandaEnv, Space, Task
 from llm import LLM, Answered
+from mh import Posterior
+from reward import Reward
 from run import Run
 from standin import StandIn
 from test_selfalign import small  # noqa: F401  (a fixture)
@@ -389,3 +391,37 @@ def test_pictures_go_where_they_can(played, tmp_path):
     for where in ({"frames": str(tmp_path / "file")}, {"frames": str(tmp_path / "file" / "x")}, {"gif": str(tmp_path / "file" / "x.gif")}):
         with pytest.raises(SystemExit, match="choose another place"):
             cli.play(str(played), selfalign.AGENT, 1, **where)
+
+
+def test_what_the_screen_tells_of_an_update(capsys):
+    run_module.print_ranking([[2], [0, 1]], np.array([1.0, 5.0, 3.0]), np.array([0.0, 1.0]), np.array([[2, 0], [2, 1]]))
+    assert capsys.readouterr().out == ("\n  Ranking 3 trajectories, best first\n    LLM  3 > 1 = 2\n    R_θ  2 > 3 > 1\n"
+                                       "  The LLM orders 2 pairs, and R_θ orders 50% of them otherwise.\n")
+    run_module.print_ranking([[0, 1]], np.zeros(2), np.zeros(0), np.zeros((0, 2), int))         # all the same to the LLM
+    assert "orders 0 pairs, and R_θ orders 0% of them" in capsys.readouterr().out
+    samples = np.exp(np.linspace(0, 1, 1001)[None, :, None] * np.ones((2, 1, 1)))
+    posterior = Posterior(samples, np.array([2.0]), 0.25, np.array([1.0123]), np.array([345.6]))
+    for gain, refused, word, last in ((0.113, None, "after", "11.3 % points more agree with it.\n"),
+                                      (-0.02, "that is no better", "refused", "2.0 % points fewer agree with it; not taken: that is no better.\n")):
+        run_module.print_posterior(posterior, {"weight": 1.0}, {"weight": 2.0}, gain, refused)
+        assert capsys.readouterr().out == (
+            "\n  Metropolis-Hastings, 2 chains of 1,001 draws: acceptance 0.25, R-hat up to 1.012, effective sample size from 346\n"
+            f"    θ                        before {word:>10}   90 % interval\n"
+            f"    weight                        1          2   1.05 to 2.59\n  Of all pairs ranked so far, {last}")
+    run_module.print_analysis("the price", {"a": 1.0, "b": 2.0}, {"b": 0.5})
+    assert capsys.readouterr().out == ("\n  Asked what blocks the skill, the LLM says: the price\n"
+                                       "    b                             2        0.5\n")
+    run_module.print_analysis("nothing", {"a": 1.0}, {})
+    assert capsys.readouterr().out.endswith("says: nothing\n  It changes nothing.\n")
+
+
+def test_a_proposal_is_shown_whole_and_its_theta_is_a_row_each(capsys, tmp_path):
+    reward = Reward("\ndef r(x, a=1.0, b=0.25):\n    return {'t': a * x + b}\n", ["x"])
+    kept = Run(tmp_path / "new", {"task": "t", "steps": 10})
+    kept.proposed(reward, selfalign.Change(0, "proposal", reward.params, reward.params))
+    assert "\n\n    def r(x, a=1.0, b=0.25):\n        return {'t': a * x + b}\n\n" in capsys.readouterr().out
+    posterior = Posterior(np.full((2, 4, 2), [1.5, 0.5]), np.array([1.5, 0.5]), 0.3, np.array([1.01, 1.02]), np.array([300.0, 400.0]))
+    kept.theta(reward, selfalign.Change(20, "posterior", {"a": 1.5, "b": 0.5}, reward.params, posterior))
+    assert (tmp_path / "new" / "theta.csv").read_text().splitlines()[1:] == [
+        "0,proposal,a,1,,,,", "0,proposal,b,0.25,,,,", "20,posterior,a,1.5,1.5,1.5,1.01,300", "20,posterior,b,0.5,0.5,0.5,1.02,400"]
+    kept.close()
