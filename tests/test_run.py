@@ -393,6 +393,11 @@ def test_pictures_go_where_they_can(played, tmp_path):
             cli.play(str(played), selfalign.AGENT, 1, **where)
 
 
+def test_a_run_that_ends_between_evaluations_can_go_on_from_its_end(go):
+    folder = go("short", "fixed", steps=660)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 660
+
+
 def test_what_the_screen_tells_of_an_update(capsys):
     run_module.print_ranking([[2], [0, 1]], np.array([1.0, 5.0, 3.0]), np.array([0.0, 1.0]), np.array([[2, 0], [2, 1]]))
     assert capsys.readouterr().out == ("\n  Ranking 3 trajectories, best first\n    LLM  3 > 1 = 2\n    R_θ  2 > 3 > 1\n"

@@ -242,6 +242,14 @@ def test_a_tenth_of_success_is_hardly_any(update, mean_success, both):
     assert [name for name, *_ in called] == ["sample", "analyse"][:1 + both]
 
 
+@pytest.mark.parametrize("beaten, called", [(5, True), (6, True), (7, False), (10, False)])
+def test_the_robot_gets_better_if_its_newest_attempt_beats_more_than_six_of_ten(beaten, called, update):
+    order = list(range(11))[::-1]                                     # as the reward has it: the rankings agree
+    age = np.full(11, 0.5)
+    age[order[10 - beaten]] = 0.0                                     # the newest
+    assert update([[i] for i in order], changes=agreeing(), age=age)[1] == [("analyse",)] * called
+
+
 def test_a_change_after_which_the_robot_is_worse_is_undone(update):
     first = agreeing()[0]
     worse = {**first.theta, "contact_weight": 9.0}
