@@ -359,9 +359,7 @@ def estimate(posterior, reward, now, D):
         draws = posterior.samples[:, ::max(1, posterior.samples.shape[1] // 50)].reshape(-1, len(values))
         shares = np.array([explained(draw) for draw in draws])
         best = draws[shares >= np.quantile(shares, 0.9)]
-        positive = np.array(list(now.prior.values())) > 0             # these are sampled as log θ, see mh.py
-        mean = np.where(positive, np.exp(np.log(np.where(positive, best, 1.0)).mean(axis=0)), best.mean(axis=0))
-        values = max(values, mean, key=explained)
+        values = max(values, np.exp(np.log(best).mean(axis=0)), key=explained)      # in log θ as well: all are positive
     return dict(zip(now.theta, values.tolist())), explained(values) - before
 
 

@@ -287,6 +287,24 @@ def test_an_llm_that_fails_in_the_analysis_costs_neither_the_ranking_nor_the_pos
     assert change is None and len(D) == 2
 
 
+def test_between_two_modes_the_estimate_is_the_mean_of_the_draws_that_explain_most():
+    reward = Reward("def r(x, a=10.0):\n    return {'t': np.where(np.abs(x - a) < 0.5, 1.0, 0.0)}", ["x"])
+    D = [([np.ones((5, 1)), np.full((5, 1), 7.0)], np.array([[0, 1]]))]               # near 1 is better than near 7
+    now = selfalign.Change(0, "proposal", dict(reward.params), dict(reward.params))
+
+    def estimated(*values):
+        samples = np.array(values * 4)[None, :, None]
+        mean = np.exp(np.log(samples).mean(axis=(0, 1)))
+        theta, gain = selfalign.estimate(Posterior(samples, mean, 0.3, np.ones(1), np.full(1, 300.0)), reward, now, D)
+        return theta["a"], gain, mean[0]
+    a, gain, mean = estimated(0.8, 1.25, *8 * [4.0])                  # two draws in ten explain D, their mean in log θ as well
+    assert (a, gain) == (pytest.approx(1.0), 0.5) and mean > 1.5
+    a, gain, mean = estimated(0.7, 0.7, 0.7, 1.2)                     # the mean of all does: it is taken
+    assert (a, gain) == (pytest.approx(mean), 0.5)
+    a, gain, mean = estimated(4.0, 4.2)                               # nothing does
+    assert (a, gain) == (pytest.approx(mean), 0.0)
+
+
 def test_a_nearly_learnt_skill_is_left_alone():
     def nearly(*rates):
         return selfalign.nearly_learnt([rate / 100 for rate in rates])
