@@ -434,3 +434,18 @@ def test_a_changed_theta_counts_and_keeps_the_level_that_the_last_episodes_had()
     again = RTheta(Reward(reward.source, ["x"]), np.ones((1, 1)))
     again.load_state_dict(r_theta.state_dict())
     assert (again.theta, again.centre, again.scale) == (r_theta.theta, r_theta.centre, r_theta.scale)
+
+
+@pytest.mark.filterwarnings("error")
+def test_sums_without_bound_and_of_opposite_infinities_warn_nobody():
+    reward = Reward("def r(x, a=1.0):\n    return {'up': np.exp(a * x), 'down': -np.exp(a * x)}", ["x"])
+    total = reward.total({"x": np.array([0.0, 1e6])})
+    assert total[0] == 0 and np.isnan(total[1])
+
+
+def test_more_parameters_than_allowed_are_counted():
+    def source(count):
+        return f"def r(x, {', '.join(f'w{i}=1.0' for i in range(count))}):\n    return {{'a': x * w0}}"
+    assert len(Reward(source(12), ["x"]).params) == 12
+    with pytest.raises(RewardError, match="^line 1: 13 parameters are more than the 12 allowed$"):
+        Reward(source(13), ["x"])
