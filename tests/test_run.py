@@ -398,6 +398,26 @@ def test_a_run_that_ends_between_evaluations_can_go_on_from_its_end(go):
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 660
 
 
+def test_where_a_checkpoint_does_not_fit_the_last_one_stays(go, monkeypatch, capsys):
+    real, calls = os.fsync, [0]
+
+    def fsync(number):
+        calls[0] += 1
+        if calls[0] > 3:                                              # two for each checkpoint: the second is cut in its middle
+            raise OSError(28, "No space left on device")
+        real(number)
+    monkeypatch.setattr(run_module.os, "fsync", fsync)
+    folder = go("full", "fixed")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert 200 <= saved["step"] < 300 and not list(folder.glob("*.part"))
+    told = capsys.readouterr().err
+    assert told.count("Cannot write") == 1 and f"Cannot write {folder / 'checkpoint.pt'}: No space left on device" in told
+    monkeypatch.setattr(run_module.os, "fsync", real)
+    whole = go("whole", "fixed")
+    go("full", "fixed")                                               # goes on from it
+    assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
 def test_what_the_screen_tells_of_an_update(capsys):
     run_module.print_ranking([[2], [0, 1]], np.array([1.0, 5.0, 3.0]), np.array([0.0, 1.0]), np.array([[2, 0], [2, 1]]))
     assert capsys.readouterr().out == ("\n  Ranking 3 trajectories, best first\n    LLM  3 > 1 = 2\n    R_θ  2 > 3 > 1\n"
