@@ -1,6 +1,7 @@
 """Runs that are cut short and go on, and what their folders may hold."""
 
 import builtins
+import io
 import json
 import os
 import re
@@ -416,6 +417,12 @@ def test_where_a_checkpoint_does_not_fit_the_last_one_stays(go, monkeypatch, cap
     whole = go("whole", "fixed")
     go("full", "fixed")                                               # goes on from it
     assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+def test_a_terminal_that_knows_no_greek_shows_question_marks():
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
+    print("R_θ █ 5", file=run_module.Screen(terminal), flush=True)
+    assert terminal.buffer.getvalue() == b"R_? ? 5\n"
 
 
 def test_what_the_screen_tells_of_an_update(capsys):

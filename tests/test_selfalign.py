@@ -532,6 +532,11 @@ def test_episodes_that_are_too_long_are_refused():
     with pytest.raises(ValueError, match="first 1000"):
         selfalign.train(Line, dataclasses.replace(LINE, horizon=1001), None, None)
 
+    def made():
+        raise NotImplementedError("far enough")
+    with pytest.raises(NotImplementedError):
+        selfalign.train(made, dataclasses.replace(LINE, horizon=1000), None, None)
+
 
 def test_a_run_whose_theta_never_changes_is_the_run_of_the_fixed_reward(small, monkeypatch):
     monkeypatch.setattr(selfalign, "new_theta", lambda *args: None)
