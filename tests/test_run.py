@@ -425,6 +425,17 @@ def test_a_terminal_that_knows_no_greek_shows_question_marks():
     assert terminal.buffer.getvalue() == b"R_? ? 5\n"
 
 
+def test_an_evaluation_tells_how_fast_it_goes_and_how_long_it_may_take(capsys, monkeypatch, tmp_path):
+    agent = selfalign.DrQV2((2,), (1,), hidden_dim=8)
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: 100.0)
+    kept = Run(tmp_path / "timed", {"task": "t", "steps": 10_000})
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: 110.0)
+    kept.evaluated(2_000, 0.25, 1.5, 3.25, {"critic_loss": 1.0, "actor_loss": 2.0, "q": 3.0}, agent)
+    assert capsys.readouterr().out == ("   2,000 steps | success  25% █████··············· | sparse return     3.25 |  200 steps/s | "
+                                       "at most 00:00:40 left\n")
+    kept.close()
+
+
 def test_what_the_screen_tells_of_an_update(capsys):
     run_module.print_ranking([[2], [0, 1]], np.array([1.0, 5.0, 3.0]), np.array([0.0, 1.0]), np.array([[2, 0], [2, 1]]))
     assert capsys.readouterr().out == ("\n  Ranking 3 trajectories, best first\n    LLM  3 > 1 = 2\n    R_θ  2 > 3 > 1\n"
