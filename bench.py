@@ -163,24 +163,25 @@ def learning(args):
     from stable_baselines3 import SAC, TD3
     from stable_baselines3.common.callbacks import BaseCallback
 
-    def reward_of(task):
-        file = REPLIES / f"propose-{task}-1.md"
-        reward = Reward(read_code(file.read_text()), TASKS[task].features)
-        return file, RTheta(reward, selfalign.random_features(PandaEnv(task)))
+    proposals = {task: REPLIES / f"propose-{task}-1.md" for task in TASKS}
 
     def ours(task, seed):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             run = Run(folder, dict(task=task, reward="fixed", obs="state", seed=seed, steps=args.steps))
             started = time.perf_counter()
-            steps = selfalign.train(lambda: PandaEnv(task), TASKS[task], LLM(None), run, "fixed", seed, args.steps,
-                                    proposal=str(reward_of(task)[0]))
-            return time.perf_counter() - started, steps
+            steps = selfalign.train(lambda: PandaEnv(task), TASKS[task], LLM(None, run.exchange), run, "fixed", seed, args.steps,
+                                    proposal=str(proposals[task]))
+            seconds = time.perf_counter() - started
+            run.close()
+        return seconds, steps
 
     class Env(gymnasium.Env):
         """PandaEnv for Stable-Baselines3, with r_θ for its reward."""
 
-        def __init__(self, task, r_theta):
-            self.env, self.r_theta = PandaEnv(task), r_theta
+        def __init__(self, task):
+            self.env = PandaEnv(task)
+            reward = Reward(read_code(proposals[task].read_text(encoding="utf-8")), TASKS[task].features)
+            self.r_theta = RTheta(reward, selfalign.random_features(self.env))
             self.observation_space = gymnasium.spaces.Box(*self.env.observation_space)
             self.action_space = gymnasium.spaces.Box(*self.env.action_space)
 
@@ -207,7 +208,7 @@ def learning(args):
 
     def theirs(algorithm, task, seed):
         stop, started = Evaluate(task, seed), time.perf_counter()
-        model = algorithm("MlpPolicy", Env(task, reward_of(task)[1]), gamma=TASKS[task].discount, seed=seed, device="cpu",
+        model = algorithm("MlpPolicy", Env(task), gamma=TASKS[task].discount, seed=seed, device="cpu",
                           learning_starts=selfalign.EXPLORE_STEPS)
         model.learn(args.steps, callback=stop)
         learnt = stop.successes[-2:] == [1.0, 1.0]
@@ -246,9 +247,10 @@ def table(rows):
     for key in dict.fromkeys((measure, peer) for measure, peer, *_ in rows):
         both = np.array([row[2:] for row in rows if tuple(row[:2]) == key], dtype=float).T
         ours, theirs = np.median(both, axis=1)
-        ratio = theirs / ours if key[0].startswith("s to") else ours / theirs
+        ratio = (theirs, ours) if key[0].startswith("s to") else (ours, theirs)
+        faster = f"{ratio[0] / ratio[1]:.2f}" if np.isfinite(ratio).all() else "–"
         cells = [_cell(x) for x in both]
-        yield f"| {key[0]} | {cells[0]} | {key[1]} | {cells[1]} | {f'{ratio:.2f}' if np.isfinite(ratio) else '–'} |"
+        yield f"| {key[0]} | {cells[0]} | {key[1]} | {cells[1]} | {faster} |"
 
 
 def _cell(x):
@@ -276,8 +278,11 @@ def main():
     if "update" in args.measures and not args.drqv2:
         parser.error("update needs --drqv2 PATH, a clone of github.com/facebookresearch/drqv2")
     if args.table:
-        return print("\n".join(table(read(args.table))))
-    rows = []
+        try:
+            return print("\n".join(table(read(args.table))))
+        except (OSError, ValueError) as error:
+            sys.exit(f"bench.py: {args.table} holds no rows of a former run: {error}")
+    rows, failed = [], False
     for name in args.measures:
         print(f"{name}: {MEASURES[name].__doc__}", flush=True)
         try:
@@ -286,9 +291,12 @@ def main():
                 with open(args.out, "a", newline="") as file:
                     cells = (f"{cell:.5g}" if isinstance(cell, float) else cell for cell in row)
                     csv.writer(file, lineterminator="\n").writerow(cells)
-        except ModuleNotFoundError as error:
-            sys.exit(f'bench.py: no module {error.name}: pip install -e ".[bench]", and give clones by --drqv2 and --aprel')
+        except (ModuleNotFoundError, OSError) as error:        # what has been measured is not lost
+            failed = True
+            print(f'bench.py: {name} stops: {error}. Its peers: pip install -e ".[bench]", and clones by --drqv2 and --aprel',
+                  file=sys.stderr)
     print("\n".join(table(rows)))
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

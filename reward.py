@@ -86,7 +86,7 @@ class Reward:
         self.name = function.name
         self.features, self.params = _signature(function, self.offered)
         self.term_names = _body(function, {*self.features, *self.params})
-        self.strange = {}               # terms that have not stayed finite or in bounds: name to value, see selfalign.RTheta
+        self.strange = {}               # terms that have not stayed finite or in bounds: name to value, see RTheta
         self._compiled = _Numbers(_truths(function)).visit(function)
         tree = ast.Module([self._compiled], type_ignores=[])
         available = {name: getattr(np, name) for name in (*FUNCTIONS, *NUMBERS, "float64")}

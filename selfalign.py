@@ -37,7 +37,7 @@ FAILS = 0.1                # a period of at most this mean success calls for an 
 BETTER = 0.6               # no analysis while the LLM prefers the newest attempts to earlier ones more often than this
 EXPLORE_STEPS = 1_000      # uniform random actions first
 
-# Smaller networks and batches than DrQ-v2's own, and larger steps: they learn these skills in fewer samples, and in minutes.
+# Smaller networks and batches than DrQ-v2's own, and larger steps, for two cores. Nothing has been learnt from pixels yet.
 AGENT = {"pixels": dict(lr=3e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005),
          "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
 BATCH = {"pixels": 64, "state": 128}

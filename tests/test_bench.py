@@ -29,3 +29,20 @@ def test_what_cannot_be_measured_is_named(flags, reason, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench.main()
     assert reason in capsys.readouterr().err
+
+
+def test_what_fails_is_named_and_what_was_measured_is_not_lost(monkeypatch, capsys, tmp_path):
+    def broken(args):
+        """Breaks."""
+        yield ROWS[0]
+        raise ModuleNotFoundError("No module named 'panda_gym'")
+    monkeypatch.setitem(bench.MEASURES, "environment", broken)
+    monkeypatch.setattr("sys.argv", ["bench.py", "environment", "--out", str(tmp_path / "speed.csv")])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    printed = capsys.readouterr()
+    assert stop.value.code == 1 and "environment stops: No module named 'panda_gym'" in printed.err
+    assert "| control steps/s, touch | 1500 | panda-gym | 1000 | 1.50 |" in printed.out and bench.read(tmp_path / "speed.csv") == ROWS[:1]
+    monkeypatch.setattr("sys.argv", ["bench.py", "--table", str(tmp_path / "none.csv")])
+    with pytest.raises(SystemExit, match="none.csv holds no rows of a former run"):
+        bench.main()

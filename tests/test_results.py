@@ -108,6 +108,17 @@ def test_wrong_numbers():
     assert all(aligned[case] for case in aligned if fixed[case])
 
 
+def test_touch_without_its_term_for_speed():
+    runs = {}
+    with open(ROOT / "results" / "touch_without_speed.csv") as file:
+        for row in csv.DictReader(file):
+            runs.setdefault(int(row["seed"]), []).append((int(row["step"]), float(row["success"])))
+    steps = [next(step for (step, now), (_, then) in zip(runs[seed], runs[seed][1:]) if now == then == 1) for seed in range(1, 11)]
+    assert f"a median of {statistics.median(steps):,.0f} steps on these ten" in README
+    near = [[step for step, success in run if success >= 0.95] for run in runs.values()]
+    assert max(steps[-1] - steps[0] for steps in near) >= 10_000 and "near there for 10,000 steps" in README
+
+
 def test_the_table_of_speeds():
     assert "\n".join(bench.table(bench.read(ROOT / "results" / "speed.csv"))) in README
 
