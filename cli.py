@@ -170,11 +170,10 @@ def display_answers() -> bool:
         return False
 
 
-def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = None, gif: str | None = None) -> None:
-    """Shows the policy in a run's folder in a window, or saves pictures: PNG files in the folder `frames`, or one moving GIF.
+def load_policy(folder: str | Path, agent_settings: dict) -> tuple[PandaEnv, DrQV2]:
+    """The environment and the policy of a run's folder. agent_settings: arguments of DrQV2 by kind of observation.
 
-    agent_settings: arguments of DrQV2 by kind of observation. Exits with one line where there is nothing to play or no
-    way to show it.
+    Exits with one line where there is no policy to play.
     """
     try:
         settings = json.loads((Path(folder) / "settings.json").read_text())
@@ -191,6 +190,16 @@ def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = 
     except Exception as error:                       # a damaged file makes json and torch raise almost anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         sys.exit(f"{folder} holds no policy to play ({reason}); name the folder of a run, such as one under runs/")
+    return env, agent
+
+
+def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = None, gif: str | None = None) -> None:
+    """Shows the policy in a run's folder in a window, or saves pictures: PNG files in the folder `frames`, or one moving GIF.
+
+    agent_settings: arguments of DrQV2 by kind of observation. Exits with one line where there is nothing to play or no
+    way to show it.
+    """
+    env, agent = load_policy(folder, agent_settings)
     if frames or gif:
         try:
             from PIL import Image
@@ -205,7 +214,7 @@ def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = 
         if not display_answers():
             sys.exit("there is no display to open a window on: add --gif FILE or --frames FOLDER to save pictures instead")
         env.close()
-        env = PandaEnv(task, obs, render_mode="human")
+        env = PandaEnv(env.task, env.obs, render_mode="human")
     pictures = []
     try:
         for episode in range(episodes):

@@ -153,18 +153,26 @@ class DrQV2:
     def __init__(self, obs_shape: tuple[int, ...], action_shape: tuple[int], device: str = "cpu", lr: float = 1e-4,
                  feature_dim: int = 50, hidden_dim: int = 1024, tau: float = 0.01, std: tuple = (1.0, 0.1, 100_000),
                  noise_clip: float = 0.3, saturation: float = 0.0, average: float = 1.0):
-        self.device, self.tau, self.std, self.noise_clip = torch.device(device), tau, std, noise_clip
+        self.device, self.lr, self.tau, self.std, self.noise_clip = torch.device(device), lr, tau, std, noise_clip
         self.saturation, self.average = saturation, average
         self.pixels = len(obs_shape) == 3
         self.encoder = (Encoder(obs_shape) if self.pixels else nn.Identity()).to(self.device)
-        in_dim = self.encoder.out_dim if self.pixels else obs_shape[0]
-        self.actor = Actor(in_dim, action_shape[0], feature_dim, hidden_dim).to(self.device)
-        self.critic = Critic(in_dim, action_shape[0], feature_dim, hidden_dim).to(self.device)
+        self.head = (self.encoder.out_dim if self.pixels else obs_shape[0], action_shape[0], feature_dim, hidden_dim)
+        self.reset()
+
+    def reset(self) -> None:
+        """Fresh actor, critics and optimisers behind the encoder, which stays; they learn anew from the replay buffer.
+
+        A network that has long been fitted to early, useless data learns badly from better data later (Nikishin et al., 2022,
+        The Primacy Bias in Deep Reinforcement Learning).
+        """
+        self.actor = Actor(*self.head).to(self.device)
+        self.critic = Critic(*self.head).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.greedy = copy.deepcopy(self.actor).requires_grad_(False)
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=lr, fused=True)
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=self.lr, fused=True)
         # One optimiser for both: the encoder learns from the critic's loss and from nothing else.
-        self.critic_opt = torch.optim.Adam([*self.encoder.parameters(), *self.critic.parameters()], lr=lr, fused=True)
+        self.critic_opt = torch.optim.Adam([*self.encoder.parameters(), *self.critic.parameters()], lr=self.lr, fused=True)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, step: int, explore: bool = True) -> np.ndarray:

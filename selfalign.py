@@ -146,7 +146,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
 
             # stop when every evaluation episode succeeds, twice running
             if step % EVAL_EVERY == 0 and step > EXPLORE_STEPS:
-                success, sparse_return, return_ = evaluate(agent, eval_env, r_theta)
+                success, sparse_return, return_ = evaluate(agent, eval_env, r_theta, EVAL_EPISODES)
                 history.evaluations.append((step, success))
                 run.evaluated(step, success, sparse_return, return_, losses, agent)
             state.step, state.learnt = step, history.successes[-2:] == [1.0, 1.0]
@@ -159,7 +159,8 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
 
         # every 10,000 environment steps
         update_at += UPDATE_EVERY
-        if not any(last_period(history.successes)):        # explore anew, from half of the schedule on, whatever the method
+        if not any(last_period(history.successes)):        # learn and explore anew, from half of the schedule on, whatever the method
+            agent.reset()
             state.explore_since = max(state.explore_since, step - agent.std[2] // 2)
         if method != "selfalign" or nearly_learnt(history.successes):
             continue
@@ -192,13 +193,13 @@ def random_features(env) -> np.ndarray:
     return np.array(rows)
 
 
-def evaluate(agent: DrQV2, env, r_theta: RTheta | None) -> tuple[float, float, float]:
-    """The greedy policy over EVAL_EPISODES fresh episodes: success rate, mean sum of the sparse reward, mean R_θ(τ).
+def evaluate(agent: DrQV2, env, r_theta: RTheta | None, episodes: int) -> tuple[float, float, float]:
+    """The greedy policy over so many fresh episodes: success rate, mean sum of the sparse reward, mean R_θ(τ).
 
     Without an R_θ, the sparse one takes its place.
     """
     successes, sparse_returns, returns = [], [], []
-    for _ in range(EVAL_EPISODES):
+    for _ in range(episodes):
         obs, _ = env.reset()
         sparse, rows, over = [], [], False
         while not over:
@@ -272,7 +273,7 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng) -> Change | N
       come back; policy and D stay.
     - Where the rankings disagree, θ is an estimate from p(θ | D), if the sampler has mixed and it explains D better.
     - Else, or where hardly anything has succeeded for a whole period, the LLM is asked what blocks the robot; in both cases
-      only if its ranking shows that the robot does not get better anyway.
+      only if its ranking shows that the robot does not get better anyway, or if nothing at all has succeeded.
     """
     (T, pairs), now = history.D[-1], history.changes[-1]
     R = reward.returns(T)(now.theta)
@@ -291,7 +292,8 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng) -> Change | N
     if wrong.sum() > DISCORDANT * len(pairs):
         change = align(reward, history, step, rng)
     stalled = preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER
-    if stalled and (change is None or np.mean(last_period(history.successes)) <= FAILS):
+    success = np.mean(last_period(history.successes))
+    if success == 0 or stalled and (change is None or success <= FAILS):
         change = unblock(llm, task, reward, history, wrong.sum() / max(1, len(pairs)), change, step)
     print(flush=True)
     return change

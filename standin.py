@@ -19,7 +19,9 @@ from reward import Reward, RewardError
 
 EQUAL = 0.1             # progress scores this close to the best of their group are equal to it
 FACTORS = (3.0, 0.3, 10.0, 0.1)   # by which an analysis may change a parameter, mildest first
+CHANGED = 3             # parameters in one analysis, at most
 PAYS = 0.3              # share of all there is to gain up to the next stage which that stage should pay at least
+PAYS_STUCK = 0.5        # ... where nothing has succeeded in the last ten evaluations: as much as all before it
 
 # Typical readings at the start of an attempt and at each stage, as the features' descriptions in the prompt give them.
 STAGES = {
@@ -129,7 +131,7 @@ def rank(text):
 
 
 def analyse(task, text):
-    """The answer to prompts/analyse.txt: the mildest change of one parameter after which the blocked stage pays enough."""
+    """The answer to prompts/analyse.txt: the mildest change of a few parameters after which the blocked stage pays enough."""
     if task not in STAGES:
         return scripted_analysis("no parameter that the stand-in could tell: it has typical readings of touch, grasp and push only", {})
     try:
@@ -140,7 +142,10 @@ def analyse(task, text):
     for change in STAGES[task]:
         stage = {**stage, **change}
         stages.append(stage)
-    features = {name: np.array([stage[name] for stage in stages]) for name in stages[0]}
+    # Readings at each stage and, between two of them, half of the way.
+    points = [stages[0]] + [point for one, other in zip(stages, stages[1:])
+                            for point in ({name: (one[name] + other[name]) / 2 for name in one}, other)]
+    features = {name: np.array([point[name] for point in points]) for name in points[0]}
 
     # The stage that is blocked: the one after the last whose condition at least half of the attempts meet.
     met = [list(attempt["steps"].values()) for attempt in attempts_of(text).values()]
@@ -148,24 +153,34 @@ def analyse(task, text):
     blocked = min(max(reached, default=-1) + 1, len(stages) - 2)
 
     def gains(params):
-        """What each stage pays more than the one before, up to the blocked one."""
-        return np.diff(reward.total(features, params))[:blocked + 1]
+        """What each stage pays more than the one before, up to the blocked one; less if the way there is not paid yet."""
+        r = reward.total(features, params)
+        start, halfway, end = r[:-2:2], r[1::2], r[2::2]
+        return ((end - start) / 2 + (halfway - start))[:blocked + 1]
 
     def share(params):
         """What the blocked stage pays, as a share of all gains and losses up to it."""
         all_ = np.abs(gains(params)).sum()
         return float(gains(params)[-1] / all_) if np.isfinite(all_) and all_ > 0 else 0.0
 
-    # The mildest change that lets the blocked stage itself pay more, and enough; else the one after which it pays most.
-    now, why, params = share({}), "no parameter is to blame: going on pays enough", {}
-    if now < PAYS:
-        why = f"stage {blocked + 1} pays {now:.0%} of all there is to gain up to it, too little"
-        tried = [{name: float(f"{value * factor:.3g}")} for factor in FACTORS for name, value in reward.params.items()]
-        pays_more = [change for change in tried if gains(change)[-1] > gains({})[-1]]
-        enough = next((change for change in pays_more if share(change) >= PAYS), None)
-        best = enough or max(pays_more, key=share, default={})
-        if share(best) > now + 0.05:
-            params = best
+    # One parameter after the other: the mildest change that lets the blocked stage itself pay more, and enough, else the
+    # one after which it pays most.
+    progress = re.search(r"^Success in the evaluations.*\n(.*)", text, re.MULTILINE)
+    lately = re.findall(r": (\d+)%", progress[1])[-10:] if progress else []
+    pays = PAYS_STUCK if lately and not any(map(int, lately)) else PAYS
+    why, params = "no parameter is to blame: going on pays enough", {}
+    if share({}) < pays:
+        why = f"stage {blocked + 1} pays {share({}):.0%} of all there is to gain up to it, too little"
+    while share(params) < pays and len(params) < CHANGED:
+        best = []                                                 # of each factor's changes, the one after which it pays most
+        for factor in FACTORS:
+            tried = [{**params, name: float(f"{value * factor:.3g}")} for name, value in reward.params.items() if name not in params]
+            pay_more = [change for change in tried if gains(change)[-1] > gains(params)[-1] + 1e-9]
+            best += [max(pay_more, key=share)] if pay_more else []
+        chosen = next((change for change in best if share(change) >= pays), max(best, key=share, default=params))
+        if share(chosen) <= share(params) + 0.05:
+            break
+        params = chosen
     return scripted_analysis(why, params)
 
 

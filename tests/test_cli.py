@@ -393,6 +393,7 @@ class Stage:
 
     def __init__(self, task, obs, render_mode):
         self.what, self.seeds, self.actions, self.closed, self.t = (task, obs, render_mode), [], [], False, 0
+        self.task, self.obs = task, obs
         Stage.made.append(self)
 
     def reset(self, seed):

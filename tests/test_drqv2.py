@@ -480,6 +480,30 @@ def test_targets_follow_slowly_and_states_round_trip():
             assert torch.equal(mine, its)
 
 
+@pytest.mark.parametrize("obs_shape", [(3,), (3, 84, 84)])
+def test_a_reset_agent_is_a_new_one_behind_the_same_encoder(obs_shape):
+    torch.manual_seed(0)
+    agent = DrQV2(obs_shape, (2,), hidden_dim=8, feature_dim=4, lr=0.01, average=0.5)
+    rng = np.random.default_rng(0)
+    obs = rng.integers(0, 255, (2, 4, *obs_shape)).astype(np.uint8 if agent.pixels else np.float32)
+    batch = (obs[0], rng.uniform(-1, 1, (4, 2)), rng.random(4), np.ones(4), obs[1])
+    agent.update(batch, 0)
+    before = copy.deepcopy(agent.state_dict())
+    torch.manual_seed(1)
+    agent.reset()
+    after = agent.state_dict()
+    assert after["actor_opt"]["state"] == after["critic_opt"]["state"] == {}              # Adam's averages are gone
+    assert all(torch.equal(after["encoder"][name], value) for name, value in before["encoder"].items())
+    for one, other in (("actor", "greedy"), ("critic", "critic_target")):
+        weights = [name for name in after[one] if name.endswith("weight") and after[one][name].ndim == 2]
+        assert weights and not any(torch.equal(after[one][name], before[one][name]) for name in weights)
+        assert all(torch.equal(after[one][name], after[other][name]) for name in after[one])
+    start = copy.deepcopy(after)
+    agent.update(batch, 0)                                            # and it is the new networks, with the encoder, that learn
+    for part in ("actor", "critic", "greedy", "critic_target", *["encoder"] * agent.pixels):
+        assert any(not torch.equal(value, start[part][name]) for name, value in agent.state_dict()[part].items()), part
+
+
 def test_a_buffer_is_saved_piece_by_piece_and_goes_on_as_it_was():
     def pair():
         return ReplayBuffer(60, (2,), (1,), n_features=2, nstep=2, seed=3)

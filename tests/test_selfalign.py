@@ -190,8 +190,11 @@ def test_where_nothing_succeeds_and_nothing_gets_better_both_are_asked(update):
     assert change.prior == {**offline_reward("touch").params, "contact_weight": 9.0}
     change, called = update(LONGEST_FIRST, mean, successes=[0.0], analysis=("nothing", {}))
     assert change.cause == "posterior" and change.theta == mean
-    change, called = update(LONGEST_FIRST, mean, successes=[0.0], age=np.array([0.6, 0.5, 0.4, 0.3, 0.1, 0.0]))   # gets better
+    better = np.array([0.6, 0.5, 0.4, 0.3, 0.1, 0.0])
+    change, called = update(LONGEST_FIRST, mean, successes=[0.05], age=better)           # both are bad, but it gets better
     assert [name for name, *_ in called] == ["sample"] and change.cause == "posterior"
+    change, called = update(LONGEST_FIRST, mean, successes=[0.0], age=better)            # nothing at all has succeeded
+    assert [name for name, *_ in called] == ["sample", "analyse"] and change.cause == "analysis"
 
 
 @pytest.mark.parametrize("mixed, threshold", [(False, 0.05), (True, 2.0)])
@@ -415,7 +418,7 @@ LINE = Task("line", "Go on.", {name: Feature("", 0, 100, name) for name in ("epi
 
 
 def test_every_line_of_the_algorithm_gets_what_it_should(small, monkeypatch, tmp_path):
-    log, batches, noted = [], [], []
+    log, batches, noted, fresh = [], [], [], []
     Line.made.clear()
 
     class Agent:
@@ -434,6 +437,9 @@ def test_every_line_of_the_algorithm_gets_what_it_should(small, monkeypatch, tmp
 
         def state_dict(self):
             return {}
+
+        def reset(self):
+            fresh.append(len(batches))
 
     def rank_attempts(llm, task, T):
         noted.append(("rank", [tau.copy() for tau in T]))
@@ -459,7 +465,8 @@ def test_every_line_of_the_algorithm_gets_what_it_should(small, monkeypatch, tmp
     np.testing.assert_array_equal(features[:, :2], [(n // 10, n % 10 + 1) for n in range(700)])
     assert (features[100:, 2] == 0.25).all() and features[:100, 2].std() > 0.4
 
-    # At 300 nothing has ever succeeded: exploration starts again from the middle of its 500 steps, and so at 600.
+    # At 300 nothing has ever succeeded: the networks start again, exploration from the middle of its 500 steps, and so at 600.
+    assert fresh == [100, 250]
     assert [step for *_, step in acts] == [*range(101, 301), *range(251, 551), *range(251, 351)]
     # One update every second step, with the same step, from batches of observation, action, reward, discount and what came next.
     assert [step for _, step in batches] == [*range(102, 301, 2), *range(252, 551, 2), *range(252, 351, 2)]
@@ -558,8 +565,9 @@ def test_the_critic_sees_rewards_of_which_random_behaviour_earns_none(small, mon
     assert {args[2] for args in seen} <= {0.0, 1.0}
 
 
-def test_exploration_begins_again_after_a_period_without_success(small, monkeypatch):
-    steps = []
+def test_learning_and_exploration_begin_again_after_a_period_without_success(small, monkeypatch):
+    steps, fresh = [], []
+    monkeypatch.setattr(selfalign.DrQV2, "reset", lambda agent, reset=selfalign.DrQV2.reset: (fresh.append(len(steps)), reset(agent)))
     real = selfalign.DrQV2.act
     monkeypatch.setattr(selfalign.DrQV2, "act", lambda agent, obs, step, explore=True: (
         steps.append(step) if explore else None, real(agent, obs, step, explore))[1])
@@ -567,7 +575,7 @@ def test_exploration_begins_again_after_a_period_without_success(small, monkeypa
     monkeypatch.setattr(selfalign, "evaluate", lambda *args: (next(results), 0.0, 0.0))
     small("--reward", "fixed", steps=700)
     # the schedule lasts 500 steps: at 300, without a success so far, it starts again from its middle; at 600 it goes on
-    assert steps == [*range(101, 301), *range(251, 651)]
+    assert steps == [*range(101, 301), *range(251, 651)] and fresh == [0, 200]
 
 
 def test_a_proposal_from_a_file(small, tmp_path):
@@ -692,9 +700,9 @@ def test_evaluation_counts_fresh_successful_episodes(monkeypatch):
         def act(self, obs, step, explore):
             assert not explore
             return np.zeros(4)
-    assert selfalign.evaluate(Agent(), Env(), None) == (0.5, 1.5, 1.5)
+    assert selfalign.evaluate(Agent(), Env(), None, 2) == (0.5, 1.5, 1.5)
     r_theta = RTheta(Reward("def r(x, w=3.0):\n    return {'a': w * x}", ["x"]), np.zeros((1, 1)))
-    assert selfalign.evaluate(Agent(), Env(), r_theta) == (0.5, 1.5, 30.0)
+    assert selfalign.evaluate(Agent(), Env(), r_theta, 2) == (0.5, 1.5, 30.0)
 
 
 def trajectories(rng, count=6):

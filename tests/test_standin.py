@@ -154,11 +154,11 @@ def dig(monkeypatch):
     """dig(code, *reached): the stand-in's analysis of attempts that meet so many of the two stages' conditions."""
     monkeypatch.setitem(STAGES, "dig", DIG)
 
-    def run(code, *reached):
+    def run(code, *reached, progress="2,000: 0%, 3,000: 5%"):
         bodies = [f"Attempt {i + 1}: does not fulfil the task\n" + "".join(
             f"  {condition}: " + ("5 of 50 steps, first at 0.05 s, longest run 5 from 0.05 s\n" if count > stage else "0 of 50 steps\n")
             for stage, condition in enumerate(("depth >= 1", "load > 0"))) for i, count in enumerate(reached)]
-        answer = asked(prompt("analyse", task="dig", reward=code, trajectories="\n".join(bodies)))
+        answer = asked(prompt("analyse", task="dig", reward=code, progress=progress, trajectories="\n".join(bodies)))
         found = json.loads(re.search(r"```json\n(.*)\n```$", answer, re.DOTALL)[1])
         return found["blocked_by"], found["params"]
     return run
@@ -182,6 +182,27 @@ def dig(monkeypatch):
 def test_an_analysis_takes_the_mildest_change_that_is_enough(code, params, words, dig):
     why, changes = dig(code, 1)
     assert changes == pytest.approx(params) and words in why
+
+
+def test_several_parameters_change_where_one_is_not_enough(dig):
+    code = """def r(depth, load, come=1.0, fill=0.02, pour=0.03, tip=0.01, wash=0.01):
+    return {"come": come * np.minimum(depth, 1), "fill": fill * load, "pour": pour * load, "rest": (tip + wash) * load}"""
+    assert dig(code, 1)[1] == {"pour": 0.3, "fill": 0.2}                     # 0.52 of 1.52
+    assert dig(code.replace("0.03", "0.01").replace("0.02", "0.01"), 1)[1] == {"fill": 0.1, "pour": 0.1, "tip": 0.1}      # three at most
+
+
+def test_what_only_the_end_of_the_way_pays_counts_half(dig):
+    smooth, end = "fill * load", "fill * np.where(load > 0.9, 1.0, 0.0)"
+    code = "def r(depth, load, fill=2.0): return {{'a': np.minimum(depth, 1), 'b': {}}}"
+    assert dig(code.format(end).replace("2.0", "0.8"), 1)[0].startswith("stage 2 pays 29% of")
+    assert dig(code.format(smooth).replace("2.0", "0.8"), 1)[1] == {}
+
+
+def test_where_nothing_has_succeeded_of_late_the_next_stage_must_pay_as_much_as_all_before(dig):
+    code, zeros = PIECES.format(come=1.0, fill=0.9), ", ".join(f"{step},000: 0%" for step in range(11, 21))
+    assert dig(code, 1)[1] == dig(code, 1, progress=f"10,000: 0%, 11,000: 5%, {zeros[12:]}")[1] == {}
+    for progress in (zeros, f"10,000: 100%, {zeros}"):
+        assert dig(code, 1, progress=progress) == ("stage 2 pays 47% of all there is to gain up to it, too little", {"fill": 2.7})
 
 
 def test_the_stage_that_is_blocked_is_the_first_that_fewer_than_half_of_the_attempts_reach(dig):

@@ -1,0 +1,319 @@
+"""The studies behind the README's results: many runs of selfalign.py, shared out among processes and machines.
+
+    python study.py                                      # what there is to do, and how long it takes; runs nothing
+    python study.py methods parts                        # these studies, one process for each core
+    torchrun --nproc-per-node 2 study.py methods         # as many workers, on as many machines, as torchrun starts
+    python study.py --collect methods                    # results/study-methods.csv from the finished runs' folders
+    python study.py --table results/study-methods.csv    # its table, in Markdown
+    python study.py --figure results/study-methods.csv   # its figure, beside it, as PNG: pip install -e ".[plot]"
+
+Each run has a folder of its own under runs/study. What is finished is skipped and what was cut short goes on from its
+checkpoint, so any of this can be stopped and started again. A run is finished when its last policy has been judged on
+JUDGED fresh episodes, other than those whose success has stopped it.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed
+
+import selfalign
+from cli import load_policy
+from envs import TASKS
+from mh import preference_loss
+
+JUDGED = 100
+STEPS = 40_000
+SPEED = 120                # environment steps per second on one core, until a run has shown how many there are
+RESULTS = Path(__file__).parent / "results"
+
+# One run: its flags beside --task and --seed, and names in selfalign.py that stand for something else in it.
+Job = namedtuple("Job", "study task variant seed flags names", defaults=((), {}))
+
+
+def flipping(share, seed):
+    """`selfalign.pairs_of`, after which the LLM holds each preference the other way round with probability `share`."""
+    pairs_of, rng = selfalign.pairs_of, np.random.default_rng([seed, 2])
+
+    def flipped(ranking):
+        pairs = pairs_of(ranking)
+        return np.where(rng.random((len(pairs), 1)) < share, pairs[:, ::-1], pairs)
+    return flipped
+
+
+def no_sampler(*_):
+    return None
+
+
+def no_analysis(llm, task, reward, history, wrong, change, step):
+    return change
+
+
+def unweighted(returns, pairs, weights):
+    return preference_loss(returns, pairs)             # each pair a fact of its own, as in the paper
+
+
+def methods(seeds):
+    """The paper's table: a sparse reward, the LLM's first one, and self-alignment."""
+    for task in TASKS:
+        for reward in ("sparse", "fixed", "selfalign"):
+            for seed in seeds:
+                yield Job("methods", task, reward, seed, ("--reward", reward))
+
+
+def noise(seeds):
+    """How much noise in the preferences the update of θ bears."""
+    for share in (0.0, 0.1, 0.2, 0.4):
+        for seed in seeds:
+            yield Job("noise", "touch", f"{share:.0%} flipped", seed, (), {"pairs_of": flipping(share, seed)} if share else {})
+
+
+def parts(seeds):
+    """What each part of an update is worth."""
+    variants = {"all of it": {}, "no analysis": {"unblock": no_analysis}, "no sampler": {"align": no_sampler},
+                "pairs of weight 1": {"preference_loss": unweighted}, "K = 12": {"RANKED": 12}, "K = 24": {"RANKED": 24}}
+    for task in ("touch", "grasp"):
+        for variant, names in variants.items():
+            for seed in seeds:
+                yield Job("parts", task, variant, seed, (), names)
+
+
+def often(seeds):
+    """How often θ is updated."""
+    for every in (2_500, 5_000, 10_000):
+        for seed in seeds:
+            yield Job("often", "touch", f"every {every:,} steps", seed, (), {"UPDATE_EVERY": every})
+
+
+STUDIES = {study.__name__: study for study in (methods, noise, parts, often)}
+
+
+def folder(job):
+    words = "".join(c if c.isalnum() else "-" for c in job.variant.replace(" %", ""))
+    return Path("runs") / "study" / job.study / f"{job.task}-{words}-{job.seed}"
+
+
+def evaluations(where):
+    """[(step, success)] of a run so far."""
+    with open(where / "metrics.csv", newline="") as file:
+        return [(int(row["step"]), float(row["success"])) for row in csv.DictReader(file)]
+
+
+def steps_to_success(evaluations):
+    """The first of two evaluations running in which every episode succeeds; infinity where there are none."""
+    return next((step for (step, now), (_, then) in zip(evaluations, evaluations[1:]) if now == then == 1.0), np.inf)
+
+
+def execute(job):
+    """Trains the run of a job, or goes on with it, and judges its last policy. False if it was told to stop before its end."""
+    where, began = folder(job), time.monotonic()
+    argv = (["--resume", str(where)] if (where / "settings.json").exists() else
+            ["--task", job.task, "--seed", str(job.seed), "--steps", str(STEPS), "--llm", "offline", "--out", str(where), *job.flags])
+    where.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for name, value in {**job.names, "sys.argv": ["selfalign.py", *argv]}.items():
+            stack.enter_context(mock.patch(f"selfalign.{name}", value))
+        log = stack.enter_context(open(f"{where}.log", "a", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        try:
+            selfalign.main()
+        except SystemExit as end:                      # of a run that only has to be judged, without a code
+            if end.code:
+                raise RuntimeError(end.code) from None
+    rows = evaluations(where)
+    if steps_to_success(rows) == np.inf and rows[-1][0] < STEPS:
+        return False
+    torch.set_num_threads(1)
+    env, agent = load_policy(where, selfalign.AGENT)
+    env.reset(seed=2_000_000 + job.seed)
+    success, *_ = selfalign.evaluate(agent, env, None, JUDGED)
+    part = where / "judged.json.part"
+    part.write_text(json.dumps({"success": success, "seconds": time.monotonic() - began}))
+    os.replace(part, where / "judged.json")
+    return True
+
+
+def judged(job):
+    """What `execute` has left of a finished run, None for another."""
+    path = folder(job) / "judged.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def left(jobs, workers):
+    """(how many are left, how long they take at most, in words): from those that are finished, each variant for itself."""
+    known, todo = {}, [job for job in jobs if not judged(job)]
+    for job in jobs:
+        if judged(job):
+            known.setdefault((job.study, job.task, job.variant), []).append(judged(job)["seconds"])
+    seconds = sum(np.mean(known.get((job.study, job.task, job.variant), STEPS / SPEED)) for job in todo) / workers
+    return len(todo), f"{len(todo)} of {len(jobs)} runs left, about {seconds / 60:.0f} min"
+
+
+def work(jobs, claim, workers):
+    """Runs those jobs whose numbers `claim` gives, until none is left. Returns how many have failed."""
+    failed = 0
+    while (number := claim()) < len(jobs):
+        job = jobs[number]
+        if judged(job):
+            continue
+        try:
+            if not execute(job):
+                print(f"{folder(job)}: stopped; the same command goes on with it", flush=True)
+                return failed + 1
+            steps = steps_to_success(evaluations(folder(job)))
+            said = f"100 % at {steps:,} steps" if steps < np.inf else "not learnt"
+            print(f"{folder(job)}: {said}, then {judged(job)['success']:.0%} of {JUDGED} episodes. {left(jobs, workers)[1]}", flush=True)
+        except Exception as error:                     # one run that fails takes no other with it
+            failed += 1
+            print(f"{folder(job)}: {error}; see {folder(job)}.log", flush=True)
+    return failed
+
+
+def local_worker(names, seeds, counter, workers):
+    def claim():
+        with counter.get_lock():
+            counter.value += 1
+            return counter.value - 1
+    sys.exit(min(1, work(list_jobs(names, seeds), claim, workers)))
+
+
+def list_jobs(names, seeds):
+    return [job for name in names for job in STUDIES[name](range(1, seeds + 1))]
+
+
+def run_all(names, seeds, processes):
+    """All jobs of these studies, by torchrun's workers, each of which calls this, or by processes of our own."""
+    jobs = list_jobs(names, seeds)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # The launcher's store hands out the jobs' numbers; nothing else goes between the workers.
+        store, rank, workers = next(torch.distributed.rendezvous("env://"))
+        failed = work(jobs, lambda: store.add("next job", 1) - 1, workers)
+    else:
+        context = multiprocessing.get_context("spawn")
+        counter = context.Value("i", 0)
+        workers = [context.Process(target=local_worker, args=(names, seeds, counter, processes)) for _ in range(processes)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        failed = sum(worker.exitcode != 0 for worker in workers)
+    sys.exit(f"{failed} failed or stopped" if failed else 0)
+
+
+def collect(study, jobs):
+    """results/study-NAME.csv: every evaluation, every θ and the judgement of every finished run."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"study-{study}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["task", "variant", "seed", "step", "measure", "value"])
+        for job in jobs:
+            if not judged(job):
+                continue
+            run, rows = (job.task, job.variant, job.seed), evaluations(folder(job))
+            writer.writerows([*run, step, "success", success] for step, success in rows)
+            writer.writerow([*run, rows[-1][0], f"success of {JUDGED}", judged(job)["success"]])
+            with open(folder(job) / "theta.csv", newline="", encoding="utf-8") as thetas:
+                writer.writerows([*run, row["step"], f"θ {row['name']}", f"{float(row['value']):.4g}"] for row in csv.DictReader(thetas))
+
+
+def read(path):
+    """{(task, variant): {seed: {measure: [(step, value), ...]}}} of a file that `collect` has written."""
+    runs = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            measures = runs.setdefault((row["task"], row["variant"]), {}).setdefault(int(row["seed"]), {})
+            measures.setdefault(row["measure"], []).append((int(row["step"]), float(row["value"])))
+    return runs
+
+
+def table(runs):
+    """Lines of Markdown. Quartiles are runs' own numbers, so that some may be infinite: –, not learnt."""
+    def cell(steps):
+        return f"{steps:,.0f}" if steps < np.inf else "–"
+
+    yield f"| task | | learnt | steps to 100 %: median (quartiles) | final policy, {JUDGED} episodes: mean (worst) |"
+    yield "| --- | --- | --- | --- | --- |"
+    for (task, variant), seeds in runs.items():
+        steps = np.array([steps_to_success(run["success"]) for run in seeds.values()], dtype=float)
+        low, median, high = map(cell, np.quantile(steps, [0.25, 0.5, 0.75], method="inverted_cdf"))
+        final = [run[f"success of {JUDGED}"][0][1] for run in seeds.values()]
+        yield (f"| {task} | {variant} | {np.isfinite(steps).sum()} of {len(steps)} | {median} ({low} to {high}) "
+               f"| {np.mean(final):.1%} ({min(final):.0%}) |")
+
+
+def interquartile_mean(x):
+    """Mean of the middle half of x, (N, ...), over its first axis (Agarwal et al., 2021)."""
+    cut = len(x) // 4
+    return np.sort(x, axis=0)[cut:len(x) - cut].mean(axis=0)
+
+
+def figure(runs, path):
+    """Success over steps: every seed, the interquartile mean and its 95 % interval by bootstrap over the seeds."""
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(task for task, _ in runs))
+    drawing, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.2 * len(tasks), 2.8), sharey=True, squeeze=False)
+    steps, rng = np.arange(2_000, STEPS + 1, 1_000), np.random.default_rng(0)
+    for axis, task in zip(axes[0], tasks):
+        for colour, (variant, seeds) in enumerate((v, seeds) for (t, v), seeds in runs.items() if t == task):
+            curves = []
+            for run in seeds.values():
+                success = dict(run["success"])         # ends with the second 100 %, which is what then counts as kept
+                curves.append([success.get(step, success[max(success)] if step > max(success) else 0.0) for step in steps])
+            curves = np.array(curves)
+            draws = [interquartile_mean(curves[rng.integers(len(curves), size=len(curves))]) for _ in range(2_000)]
+            low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+            axis.plot(steps, curves.T, color=f"C{colour}", alpha=0.2, linewidth=0.6)
+            axis.fill_between(steps, low, high, color=f"C{colour}", alpha=0.2, linewidth=0)
+            axis.plot(steps, interquartile_mean(curves), color=f"C{colour}", linewidth=2, label=variant)
+        axis.set_title(task, fontsize=10)
+        axis.set_xlabel("environment steps")
+        axis.set_xticks(range(0, STEPS + 1, 10_000), [f"{step // 1000}k" for step in range(0, STEPS + 1, 10_000)])
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("success of 20 episodes")
+    axes[0, -1].legend(fontsize=8, loc="lower right")
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", metavar="study", help=", ".join(STUDIES))
+    parser.add_argument("--seeds", type=int, default=5, help="1 to this (default: 5)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="without torchrun (default: one for each core)")
+    for name in ("collect", "table", "figure"):
+        parser.add_argument(f"--{name}", metavar="STUDY" if name == "collect" else "FILE", help="see above")
+    args = parser.parse_args()
+    unknown = {*args.studies, *filter(None, [args.collect])} - set(STUDIES)
+    if unknown or args.seeds < 1 or args.processes < 1:
+        parser.error(f"studies are {', '.join(STUDIES)}; --seeds and --processes are 1 or more")
+    try:
+        if args.collect:
+            collect(args.collect, list_jobs([args.collect], args.seeds))
+        elif args.table:
+            print("\n".join(table(read(args.table))))
+        elif args.figure:
+            figure(read(args.figure), Path(args.figure).with_suffix(".png"))
+        elif args.studies:
+            run_all(args.studies, args.seeds, args.processes)
+        else:
+            for name, study in STUDIES.items():
+                print(f"{name:8} {study.__doc__} {left(list_jobs([name], args.seeds), args.processes)[1]} on {args.processes} cores.")
+    except (OSError, KeyError, ValueError) as error:
+        sys.exit(f"study.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

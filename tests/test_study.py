@@ -1,0 +1,152 @@
+"""The studies' runs: shared out once each, cut short and gone on with, collected as they are."""
+
+import csv
+import json
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import selfalign
+import study
+from mh import sample_posterior
+
+
+def test_every_job_has_a_folder_of_its_own_and_changes_what_there_is():
+    jobs = study.list_jobs(list(study.STUDIES), 3)
+    assert len({study.folder(job) for job in jobs}) == len(jobs)
+    assert all(hasattr(selfalign, name) for job in jobs for name in job.names)
+    assert len(study.list_jobs(["methods"], 5)) == 3 * 3 * 5
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Jobs of 800 steps with two updates of θ, judged on 3 episodes, in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in dict(UPDATE_EVERY=300, EVAL_EVERY=200, EVAL_EPISODES=2, EXPLORE_STEPS=100, RANKED=4, BATCH={"state": 16},
+                            AGENT={"state": dict(hidden_dim=16, lr=1e-3, std=(1.0, 0.5, 500))},
+                            sample_posterior=partial(sample_posterior, steps=(50,))).items():
+        monkeypatch.setattr(selfalign, name, value)
+    monkeypatch.setattr(study, "STEPS", 800)
+    monkeypatch.setattr(study, "JUDGED", 3)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_run_is_trained_judged_and_collected(small, capsys):
+    jobs = [job for job in study.list_jobs(["methods"], 1) if job.task == "push" and job.variant != "sparse"]
+    before = dict(vars(selfalign))
+    assert study.work(jobs, iter(range(9)).__next__, 1) == 0
+    assert {name: value for name, value in vars(selfalign).items() if name not in before or value is not before[name]} == {}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "not learnt" in said[0] and "1 of 2 runs left" in said[0] and "0 of 2 runs left" in said[1]
+    folder = study.folder(jobs[1])
+    assert {"metrics.csv", "policy.pt", "judged.json"} <= names_in(folder) and "judged.json.part" not in names_in(folder)
+    assert json.loads((folder / "settings.json").read_text())["seed"] == 1
+    assert "Not learnt within 800" in Path(f"{folder}.log").read_text()
+    study.collect("methods", jobs)
+    runs = study.read("results/study-methods.csv")
+    assert list(runs) == [("push", "fixed"), ("push", "selfalign")]
+    measures = runs["push", "selfalign"][1]
+    assert [step for step, _ in measures["success"]] == [200, 400, 600, 800]
+    assert measures["success of 3"] == [(800, study.judged(jobs[1])["success"])]
+    with open(folder / "theta.csv") as file:
+        assert {f"θ {row['name']}" for row in csv.DictReader(file)} == set(measures) - {"success", "success of 3"}
+    # Judging takes episodes that no evaluation has seen, the same ones each time.
+    before = (folder / "judged.json").read_text()
+    (folder / "judged.json").unlink()
+    assert study.execute(jobs[1]) and "is finished" in Path(f"{folder}.log").read_text()
+    assert json.loads((folder / "judged.json").read_text())["success"] == json.loads(before)["success"]
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(small, monkeypatch, capsys):
+    whole, cut = (study.Job("parts", "push", variant, 1) for variant in ("whole", "cut"))
+    assert study.execute(whole)
+    real, evaluated = selfalign.evaluate, []
+
+    def interrupted(*args):
+        evaluated.append(args)
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(selfalign, "evaluate", interrupted)
+    other = study.Job("parts", "push", "other", 1)
+    assert study.work([cut, other], iter(range(9)).__next__, 1) == 1          # it stops there, and does not begin the next run
+    assert "stopped" in capsys.readouterr().out and not study.folder(other).exists() and study.judged(cut) is None
+    monkeypatch.setattr(selfalign, "evaluate", real)
+    assert study.work([cut], iter(range(9)).__next__, 1) == 0
+    for name in ("metrics.csv", "theta.csv"):
+        assert (study.folder(cut) / name).read_bytes() == (study.folder(whole) / name).read_bytes()
+    assert study.judged(cut)["success"] == study.judged(whole)["success"]
+
+
+def test_a_run_that_fails_is_told_and_takes_no_other_with_it(small, monkeypatch, capsys):
+    jobs = [study.Job("parts", "push", variant, 1, flags) for variant, flags in (("bad", ("--proposal", "nowhere.py")), ("good", ()))]
+    assert study.work(jobs, iter(range(9)).__next__, 1) == 1
+    assert "nowhere.py" in capsys.readouterr().out and study.judged(jobs[0]) is None and study.judged(jobs[1])
+
+
+def test_each_run_is_done_once_whoever_takes_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done, lock, counter = [], threading.Lock(), iter(range(1000))
+
+    def execute(job):
+        done.append(job)
+        folder = study.folder(job)
+        folder.mkdir(parents=True)
+        (folder / "judged.json").write_text('{"success": 1.0, "seconds": 60}')
+        (folder / "metrics.csv").write_text("step,success\n2000,1.0\n3000,1.0\n")
+        return True
+
+    def claim():
+        with lock:
+            return next(counter)
+    monkeypatch.setattr(study, "execute", execute)
+    jobs = study.list_jobs(["noise"], 3)
+    execute(jobs[4])                                                  # by a former worker
+    workers = [threading.Thread(target=study.work, args=(jobs, claim, 3)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(map(jobs.index, done)) == list(range(len(jobs)))
+    assert study.left(jobs, 3) == (0, f"0 of {len(jobs)} runs left, about 0 min")
+
+
+def test_time_left_goes_by_runs_of_the_same_kind(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    jobs = study.list_jobs(["often"], 2)                              # 3 variants, 2 seeds
+    assert study.left(jobs, 2)[1] == f"6 of 6 runs left, about {6 * study.STEPS / study.SPEED / 60 / 2:.0f} min"
+    study.folder(jobs[0]).mkdir(parents=True)
+    (study.folder(jobs[0]) / "judged.json").write_text('{"success": 1.0, "seconds": 1200}')
+    assert study.left(jobs, 1) == (5, f"5 of 6 runs left, about {20 + 4 * study.STEPS / study.SPEED / 60:.0f} min")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_noise_turns_that_share_of_the_pairs_round(share):
+    ranking = [[i] for i in range(48)]
+    pairs, flipped = selfalign.pairs_of(ranking), study.flipping(share, 1)(ranking)
+    turned = (flipped == pairs[:, ::-1]).all(axis=1)
+    assert ((flipped == pairs).all(axis=1) | turned).all() and abs(turned.mean() - share) < 0.05
+    again = study.flipping(share, 1)(ranking)
+    np.testing.assert_array_equal(flipped, again)
+    assert not np.array_equal(flipped, study.flipping(share, 2)(ranking))
+
+
+def test_steps_and_table_of_runs_written_by_hand():
+    rising = [(2000, 0.5), (3000, 1.0), (4000, 0.95), (5000, 1.0), (6000, 1.0)]
+    assert study.steps_to_success(rising) == 5000 and study.steps_to_success(rising[:3]) == np.inf
+    seeds = {seed: {"success": [(step, 1.0), (step + 1000, 1.0)], "success of 100": [(step + 1000, success)]}
+             for seed, step, success in ((1, 8000, 1.0), (2, 4000, 0.96), (3, 6000, 0.98))}
+    seeds[4] = seeds[5] = {"success": [(40_000, 0.1)], "success of 100": [(40_000, 0.08)]}
+    assert list(study.table({("push", "fixed"): seeds}))[2:] == ["| push | fixed | 3 of 5 | 8,000 (6,000 to –) | 62.0% (8%) |"]
+
+
+def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end():
+    assert study.interquartile_mean(np.array([0.0, 9.0, 1.0, 2.0, 100.0])) == 4.0
+    np.testing.assert_array_equal(study.interquartile_mean(np.array([[1.0, 4.0], [3.0, 0.0]])), [2.0, 2.0])
