@@ -203,7 +203,7 @@ def learning(args):
         def _on_step(self):
             if self.num_timesteps % selfalign.EVAL_EVERY == 0 and self.num_timesteps > selfalign.EXPLORE_STEPS:
                 agent = types.SimpleNamespace(act=lambda obs, step, explore: self.model.predict(obs, deterministic=True)[0])
-                self.successes.append(selfalign.evaluate(agent, self.env, None)[0])
+                self.successes.append(selfalign.evaluate(agent, self.env, None, selfalign.EVAL_EPISODES)[0])
             return self.successes[-2:] != [1.0, 1.0]
 
     def theirs(algorithm, task, seed):

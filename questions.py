@@ -47,17 +47,18 @@ def rank_attempts(llm: LLM, task, trajectories: list[np.ndarray]) -> list[list[i
     return [[label - 1 for label in group] for group in groups]
 
 
-def analyse_failure(llm: LLM, task, reward: Reward, trajectories: list[np.ndarray], wrong: float, changes: list,
-                    evaluations: list[tuple[int, float]]) -> tuple[str, dict[str, float]]:
+def analyse_failure(llm: LLM, task, reward: Reward, trajectories: list[np.ndarray], wrong: float, stalled: bool,
+                    changes: list, evaluations: list[tuple[int, float]]) -> tuple[str, dict[str, float]]:
     """(what blocks the skill, new values of some parameters, none if none is to blame), by the LLM.
 
-    wrong: share of the LLM's pairs that R_θ orders otherwise. changes: of θ so far, with `step`, `cause` and `theta`.
-    evaluations: (step, success rate). Raises LLMError.
+    wrong: share of the LLM's pairs that R_θ orders otherwise. stalled: whether the robot has stopped getting better.
+    changes: of θ so far, with `step`, `cause` and `theta`. evaluations: (step, success rate). Raises LLMError.
     """
     theta, R = changes[-1].theta, reward.returns(trajectories)
     order = np.argsort(-R(theta))[np.unique(np.linspace(0, len(trajectories) - 1, ANALYSED).round().astype(int))]
     shown = [trajectories[i] for i in order]
     question = prompt("analyse", **task_words(task), wrong=f"{wrong:.0%}", reward=reward.source_with(theta).strip(),
+                      fails="does not succeed and has stopped\ngetting better" if stalled else "has not succeeded once of late",
                       history="\n".join(f"- {change.step:,} steps, {change.cause}: "
                                         + ", ".join(f"{name}={value:.3g}" for name, value in change.theta.items())
                                         for change in changes),

@@ -27,6 +27,7 @@ from reward import RTheta
 from run import Run, Screen, State, print_analysis, print_posterior, print_ranking
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ: a period
+RESET_EVERY = 10_000       # environment steps after which networks start anew if nothing has succeeded in them
 EVAL_EVERY = 1_000         # environment steps between two evaluations
 EVAL_EPISODES = 20
 RANKED = 48                # K, trajectories in one ranking
@@ -159,8 +160,8 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
 
         # every 10,000 environment steps
         update_at += UPDATE_EVERY
-        if not any(last_period(history.successes)):        # learn and explore anew, from half of the schedule on, whatever the method
-            agent.reset()
+        if step % RESET_EVERY == 0 and not any(history.successes[-(RESET_EVERY // EVAL_EVERY):]):
+            agent.reset()                                  # learn and explore anew, whatever the method
             state.explore_since = max(state.explore_since, step - agent.std[2] // 2)
         if method != "selfalign" or nearly_learnt(history.successes):
             continue
@@ -273,7 +274,7 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng) -> Change | N
       come back; policy and D stay.
     - Where the rankings disagree, θ is an estimate from p(θ | D), if the sampler has mixed and it explains D better.
     - Else, or where hardly anything has succeeded for a whole period, the LLM is asked what blocks the robot; in both cases
-      only if its ranking shows that the robot does not get better anyway, or if nothing at all has succeeded.
+      only if its ranking shows that the robot does not get better anyway, or if nothing at all has succeeded in that period.
     """
     (T, pairs), now = history.D[-1], history.changes[-1]
     R = reward.returns(T)(now.theta)
@@ -294,7 +295,7 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng) -> Change | N
     stalled = preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER
     success = np.mean(last_period(history.successes))
     if success == 0 or stalled and (change is None or success <= FAILS):
-        change = unblock(llm, task, reward, history, wrong.sum() / max(1, len(pairs)), change, step)
+        change = unblock(llm, task, reward, history, wrong.sum() / max(1, len(pairs)), stalled, change, step)
     print(flush=True)
     return change
 
@@ -365,7 +366,7 @@ def estimate(posterior, reward, now, D):
     return dict(zip(now.theta, values.tolist())), explained(values) - before
 
 
-def unblock(llm, task, reward, history, wrong, change, step) -> Change | None:
+def unblock(llm, task, reward, history, wrong, stalled, change, step) -> Change | None:
     """θ as the LLM's failure analysis changes it.
 
     `change` is what the sampler has found in this update, or None; the analysis goes on from there. Where the LLM fails,
@@ -374,7 +375,7 @@ def unblock(llm, task, reward, history, wrong, change, step) -> Change | None:
     changes = history.changes if change is None else [*history.changes, change]
     now = changes[-1]
     try:
-        blocked_by, params = analyse_failure(llm, task, reward, history.D[-1][0], wrong, changes, history.evaluations)
+        blocked_by, params = analyse_failure(llm, task, reward, history.D[-1][0], wrong, stalled, changes, history.evaluations)
     except LLMError as error:
         print(f"\n  No analysis: {error}", flush=True)
         return change

@@ -153,7 +153,8 @@ def analyse(task, text):
     blocked = min(max(reached, default=-1) + 1, len(stages) - 2)
 
     def gains(params):
-        """What each stage pays more than the one before, up to the blocked one; less if the way there is not paid yet."""
+        """What each stage pays more than the one before, up to the blocked one: the mean of what the whole way there pays
+        and twice what its first half does, so that a reward at the end alone counts half."""
         r = reward.total(features, params)
         start, halfway, end = r[:-2:2], r[1::2], r[2::2]
         return ((end - start) / 2 + (halfway - start))[:blocked + 1]
@@ -178,7 +179,7 @@ def analyse(task, text):
             pay_more = [change for change in tried if gains(change)[-1] > gains(params)[-1] + 1e-9]
             best += [max(pay_more, key=share)] if pay_more else []
         chosen = next((change for change in best if share(change) >= pays), max(best, key=share, default=params))
-        if share(chosen) <= share(params) + 0.05:
+        if share(chosen) < min(pays, share(params) + 0.05):           # it hardly helps
             break
         params = chosen
     return scripted_analysis(why, params)

@@ -7,9 +7,9 @@
     python study.py --table results/study-methods.csv    # its table, in Markdown
     python study.py --figure results/study-methods.csv   # its figure, beside it, as PNG: pip install -e ".[plot]"
 
-Each run has a folder of its own under runs/study. What is finished is skipped and what was cut short goes on from its
-checkpoint, so any of this can be stopped and started again. A run is finished when its last policy has been judged on
-JUDGED fresh episodes, other than those whose success has stopped it.
+Each run has a folder of its own under runs/study, which all machines must share. What is finished is skipped and what was
+cut short goes on from its checkpoint, so any of this can be stopped and started again. A run is finished when its last
+policy has been judged on JUDGED fresh episodes, other than those whose success has stopped it.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import sys
 import time
 from collections import namedtuple
@@ -36,18 +38,22 @@ from mh import preference_loss
 JUDGED = 100
 STEPS = 40_000
 SPEED = 120                # environment steps per second on one core, until a run has shown how many there are
-RESULTS = Path(__file__).parent / "results"
+OFFLINE = ("--llm", "offline")         # the scripted stand-in, whatever keys there are
+RESULTS = Path("results")
 
 # One run: its flags beside --task and --seed, and names in selfalign.py that stand for something else in it.
 Job = namedtuple("Job", "study task variant seed flags names", defaults=((), {}))
 
 
 def flipping(share, seed):
-    """`selfalign.pairs_of`, after which the LLM holds each preference the other way round with probability `share`."""
-    pairs_of, rng = selfalign.pairs_of, np.random.default_rng([seed, 2])
+    """`selfalign.pairs_of`, after which D holds each preference the other way round with probability `share`.
+
+    Whether a change is undone and whether the robot gets better is still told by the ranking as it was.
+    """
+    pairs_of = selfalign.pairs_of
 
     def flipped(ranking):
-        pairs = pairs_of(ranking)
+        pairs, rng = pairs_of(ranking), np.random.default_rng([seed, *sum(ranking, [])])       # the same after --resume
         return np.where(rng.random((len(pairs), 1)) < share, pairs[:, ::-1], pairs)
     return flipped
 
@@ -56,7 +62,7 @@ def no_sampler(*_):
     return None
 
 
-def no_analysis(llm, task, reward, history, wrong, change, step):
+def no_analysis(llm, task, reward, history, wrong, stalled, change, step):
     return change
 
 
@@ -64,43 +70,42 @@ def unweighted(returns, pairs, weights):
     return preference_loss(returns, pairs)             # each pair a fact of its own, as in the paper
 
 
+def usual(task, seed, reward="selfalign"):
+    return Job("methods", task, reward, seed, ("--reward", reward, *OFFLINE * (reward != "sparse")))
+
+
 def methods(seeds):
     """The paper's table: a sparse reward, the LLM's first one, and self-alignment."""
-    for task in TASKS:
-        for reward in ("sparse", "fixed", "selfalign"):
-            for seed in seeds:
-                yield Job("methods", task, reward, seed, ("--reward", reward))
+    return [usual(task, seed, reward) for task in TASKS for reward in ("sparse", "fixed", "selfalign") for seed in seeds]
 
 
 def noise(seeds):
     """How much noise in the preferences the update of θ bears."""
-    for share in (0.0, 0.1, 0.2, 0.4):
-        for seed in seeds:
-            yield Job("noise", "touch", f"{share:.0%} flipped", seed, (), {"pairs_of": flipping(share, seed)} if share else {})
+    return [usual("touch", seed) if share == 0 else
+            Job("noise", "touch", f"{share:.0%} flipped", seed, OFFLINE, {"pairs_of": flipping(share, seed)})
+            for share in (0.0, 0.1, 0.2, 0.4) for seed in seeds]
 
 
 def parts(seeds):
     """What each part of an update is worth."""
-    variants = {"all of it": {}, "no analysis": {"unblock": no_analysis}, "no sampler": {"align": no_sampler},
+    variants = {"no analysis": {"unblock": no_analysis}, "no sampler": {"align": no_sampler},
                 "pairs of weight 1": {"preference_loss": unweighted}, "K = 12": {"RANKED": 12}, "K = 24": {"RANKED": 24}}
-    for task in ("touch", "grasp"):
-        for variant, names in variants.items():
-            for seed in seeds:
-                yield Job("parts", task, variant, seed, (), names)
+    return [usual(task, seed) if variant == "all" else Job("parts", task, variant, seed, OFFLINE, variants[variant])
+            for task in ("touch", "grasp") for variant in ("all", *variants) for seed in seeds]
 
 
 def often(seeds):
-    """How often θ is updated."""
-    for every in (2_500, 5_000, 10_000):
-        for seed in seeds:
-            yield Job("often", "touch", f"every {every:,} steps", seed, (), {"UPDATE_EVERY": every})
+    """How often θ is updated. Of the 50 episodes of 2,500 steps, fewer than K = 48 are ranked."""
+    return [usual("touch", seed) if every == selfalign.UPDATE_EVERY else
+            Job("often", "touch", f"every {every:,} steps", seed, OFFLINE, {"UPDATE_EVERY": every})
+            for every in (2_500, 5_000, 10_000) for seed in seeds]
 
 
 STUDIES = {study.__name__: study for study in (methods, noise, parts, often)}
 
 
 def folder(job):
-    words = "".join(c if c.isalnum() else "-" for c in job.variant.replace(" %", ""))
+    words = "".join(c if c.isalnum() else "-" for c in job.variant)
     return Path("runs") / "study" / job.study / f"{job.task}-{words}-{job.seed}"
 
 
@@ -118,8 +123,10 @@ def steps_to_success(evaluations):
 def execute(job):
     """Trains the run of a job, or goes on with it, and judges its last policy. False if it was told to stop before its end."""
     where, began = folder(job), time.monotonic()
-    argv = (["--resume", str(where)] if (where / "settings.json").exists() else
-            ["--task", job.task, "--seed", str(job.seed), "--steps", str(STEPS), "--llm", "offline", "--out", str(where), *job.flags])
+    if not (where / "settings.json").exists():         # begun by a process that was killed before it was
+        shutil.rmtree(where, ignore_errors=True)
+    argv = (["--resume", str(where)] if where.exists() else
+            ["--task", job.task, "--seed", str(job.seed), "--steps", str(STEPS), "--out", str(where), *job.flags])
     where.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         for name, value in {**job.names, "sys.argv": ["selfalign.py", *argv]}.items():
@@ -131,9 +138,9 @@ def execute(job):
             selfalign.main()
         except SystemExit as end:                      # of a run that only has to be judged, without a code
             if end.code:
-                raise RuntimeError(end.code) from None
+                raise RuntimeError(f"selfalign.py ended with {end.code!r}") from None
     rows = evaluations(where)
-    if steps_to_success(rows) == np.inf and rows[-1][0] < STEPS:
+    if steps_to_success(rows) == np.inf and (not rows or rows[-1][0] < STEPS):
         return False
     torch.set_num_threads(1)
     env, agent = load_policy(where, selfalign.AGENT)
@@ -152,17 +159,17 @@ def judged(job):
 
 
 def left(jobs, workers):
-    """(how many are left, how long they take at most, in words): from those that are finished, each variant for itself."""
+    """How many are left and about how long they take, in words: each variant as long as its finished runs."""
     known, todo = {}, [job for job in jobs if not judged(job)]
     for job in jobs:
         if judged(job):
-            known.setdefault((job.study, job.task, job.variant), []).append(judged(job)["seconds"])
-    seconds = sum(np.mean(known.get((job.study, job.task, job.variant), STEPS / SPEED)) for job in todo) / workers
-    return len(todo), f"{len(todo)} of {len(jobs)} runs left, about {seconds / 60:.0f} min"
+            known.setdefault((job.task, job.variant), []).append(judged(job)["seconds"])
+    seconds = sum(np.mean(known.get((job.task, job.variant), STEPS / SPEED)) for job in todo) / workers
+    return f"{len(todo)} of {len(jobs)} runs left, about {seconds / 60:.0f} min"
 
 
 def work(jobs, claim, workers):
-    """Runs those jobs whose numbers `claim` gives, until none is left. Returns how many have failed."""
+    """Runs those jobs whose numbers `claim` gives, until none is left. Returns how many have failed or stopped."""
     failed = 0
     while (number := claim()) < len(jobs):
         job = jobs[number]
@@ -174,11 +181,26 @@ def work(jobs, claim, workers):
                 return failed + 1
             steps = steps_to_success(evaluations(folder(job)))
             said = f"100 % at {steps:,} steps" if steps < np.inf else "not learnt"
-            print(f"{folder(job)}: {said}, then {judged(job)['success']:.0%} of {JUDGED} episodes. {left(jobs, workers)[1]}", flush=True)
-        except Exception as error:                     # one run that fails takes no other with it
+            print(f"{folder(job)}: {said}, then {judged(job)['success']:.0%} of {JUDGED} episodes. {left(jobs, workers)}", flush=True)
+        except (Exception, SystemExit) as error:       # one run that fails takes no other with it
             failed += 1
             print(f"{folder(job)}: {error}; see {folder(job)}.log", flush=True)
     return failed
+
+
+def list_jobs(names, seeds):
+    return [job for name in names for job in STUDIES[name](range(1, seeds + 1))]
+
+
+def torchrun_worker(jobs):
+    """One of the workers that torchrun has started: the launcher's store hands out the jobs' numbers."""
+    store, _, workers = next(torch.distributed.rendezvous("env://"))
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]                       # the store outlives a restart of its workers
+    work(jobs, lambda: store.add(f"next job {attempt}", 1) - 1, workers)
+    # The launcher takes the store with it when its own workers are done, and all others when one of them fails.
+    store.add(f"done {attempt}", 1)
+    while store.add(f"done {attempt}", 0) < workers:
+        time.sleep(1)
 
 
 def local_worker(names, seeds, counter, workers):
@@ -189,43 +211,39 @@ def local_worker(names, seeds, counter, workers):
     sys.exit(min(1, work(list_jobs(names, seeds), claim, workers)))
 
 
-def list_jobs(names, seeds):
-    return [job for name in names for job in STUDIES[name](range(1, seeds + 1))]
-
-
-def run_all(names, seeds, processes):
-    """All jobs of these studies, by torchrun's workers, each of which calls this, or by processes of our own."""
-    jobs = list_jobs(names, seeds)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # The launcher's store hands out the jobs' numbers; nothing else goes between the workers.
-        store, rank, workers = next(torch.distributed.rendezvous("env://"))
-        failed = work(jobs, lambda: store.add("next job", 1) - 1, workers)
-    else:
-        context = multiprocessing.get_context("spawn")
-        counter = context.Value("i", 0)
-        workers = [context.Process(target=local_worker, args=(names, seeds, counter, processes)) for _ in range(processes)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        failed = sum(worker.exitcode != 0 for worker in workers)
-    sys.exit(f"{failed} failed or stopped" if failed else 0)
+def local_workers(names, seeds, processes):
+    """As many processes of our own; returns how many of them had a run that failed or was stopped."""
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    workers = [context.Process(target=local_worker, args=(names, seeds, counter, processes)) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    signal.signal(signal.SIGTERM, lambda *_: [worker.terminate() for worker in workers])
+    signal.signal(signal.SIGINT, lambda *_: None)      # Ctrl-C reaches the workers too, which stop at the end of an episode
+    for worker in workers:
+        worker.join()
+    return sum(worker.exitcode != 0 for worker in workers)
 
 
 def collect(study, jobs):
     """results/study-NAME.csv: every evaluation, every θ and the judgement of every finished run."""
+    finished = [job for job in jobs if judged(job)]
+    if len(finished) < len(jobs):
+        print(f"{len(jobs) - len(finished)} of {len(jobs)} runs are not finished, and missing: those that learn early finish first")
+    if not finished:
+        raise ValueError(f"no run of {study} is finished under {Path('runs/study').resolve()}")
     RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"study-{study}.csv", "w", newline="", encoding="utf-8") as file:
+    path = RESULTS / f"study-{study}.csv"
+    with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["task", "variant", "seed", "step", "measure", "value"])
-        for job in jobs:
-            if not judged(job):
-                continue
+        for job in finished:
             run, rows = (job.task, job.variant, job.seed), evaluations(folder(job))
             writer.writerows([*run, step, "success", success] for step, success in rows)
             writer.writerow([*run, rows[-1][0], f"success of {JUDGED}", judged(job)["success"]])
             with open(folder(job) / "theta.csv", newline="", encoding="utf-8") as thetas:
                 writer.writerows([*run, row["step"], f"θ {row['name']}", f"{float(row['value']):.4g}"] for row in csv.DictReader(thetas))
+    os.replace(f"{path}.part", path)
 
 
 def read(path):
@@ -239,7 +257,7 @@ def read(path):
 
 
 def table(runs):
-    """Lines of Markdown. Quartiles are runs' own numbers, so that some may be infinite: –, not learnt."""
+    """Lines of Markdown. Quartiles are steps of single runs; –: not learnt."""
     def cell(steps):
         return f"{steps:,.0f}" if steps < np.inf else "–"
 
@@ -247,9 +265,9 @@ def table(runs):
     yield "| --- | --- | --- | --- | --- |"
     for (task, variant), seeds in runs.items():
         steps = np.array([steps_to_success(run["success"]) for run in seeds.values()], dtype=float)
-        low, median, high = map(cell, np.quantile(steps, [0.25, 0.5, 0.75], method="inverted_cdf"))
+        low, high = np.quantile(steps, [0.25, 0.75], method="inverted_cdf")       # between two, infinity has no middle
         final = [run[f"success of {JUDGED}"][0][1] for run in seeds.values()]
-        yield (f"| {task} | {variant} | {np.isfinite(steps).sum()} of {len(steps)} | {median} ({low} to {high}) "
+        yield (f"| {task} | {variant} | {np.isfinite(steps).sum()} of {len(steps)} | {cell(np.median(steps))} ({cell(low)} to {cell(high)}) "
                f"| {np.mean(final):.1%} ({min(final):.0%}) |")
 
 
@@ -260,18 +278,23 @@ def interquartile_mean(x):
 
 
 def figure(runs, path):
-    """Success over steps: every seed, the interquartile mean and its 95 % interval by bootstrap over the seeds."""
+    """Success over steps: every seed, the interquartile mean and its 95 % interval by bootstrap over the seeds.
+
+    Of few seeds such an interval is too narrow: of five it holds the truth in less than 90 % of cases.
+    """
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(task for task, _ in runs))
+    tasks, variants = (list(dict.fromkeys(key[i] for key in runs)) for i in (0, 1))
     drawing, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.2 * len(tasks), 2.8), sharey=True, squeeze=False)
     steps, rng = np.arange(2_000, STEPS + 1, 1_000), np.random.default_rng(0)
     for axis, task in zip(axes[0], tasks):
-        for colour, (variant, seeds) in enumerate((v, seeds) for (t, v), seeds in runs.items() if t == task):
-            curves = []
+        for colour, variant in enumerate(variants):
+            seeds, curves = runs.get((task, variant), {}), []
             for run in seeds.values():
                 success = dict(run["success"])         # ends with the second 100 %, which is what then counts as kept
                 curves.append([success.get(step, success[max(success)] if step > max(success) else 0.0) for step in steps])
+            if not curves:
+                continue
             curves = np.array(curves)
             draws = [interquartile_mean(curves[rng.integers(len(curves), size=len(curves))]) for _ in range(2_000)]
             low, high = np.quantile(draws, [0.025, 0.975], axis=0)
@@ -299,20 +322,25 @@ def main():
     unknown = {*args.studies, *filter(None, [args.collect])} - set(STUDIES)
     if unknown or args.seeds < 1 or args.processes < 1:
         parser.error(f"studies are {', '.join(STUDIES)}; --seeds and --processes are 1 or more")
+    if args.studies:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return torchrun_worker(list_jobs(args.studies, args.seeds))
+        failed = local_workers(args.studies, args.seeds, args.processes)
+        sys.exit(f"{failed} of {args.processes} processes had runs that failed or were stopped" if failed else 0)
     try:
         if args.collect:
             collect(args.collect, list_jobs([args.collect], args.seeds))
-        elif args.table:
+        if args.table:
             print("\n".join(table(read(args.table))))
-        elif args.figure:
+        if args.figure:
             figure(read(args.figure), Path(args.figure).with_suffix(".png"))
-        elif args.studies:
-            run_all(args.studies, args.seeds, args.processes)
-        else:
-            for name, study in STUDIES.items():
-                print(f"{name:8} {study.__doc__} {left(list_jobs([name], args.seeds), args.processes)[1]} on {args.processes} cores.")
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, LookupError, ValueError) as error:
         sys.exit(f"study.py: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f'study.py: {error}; figures need matplotlib: pip install -e ".[plot]"')
+    if not (args.collect or args.table or args.figure):
+        for name, study in STUDIES.items():
+            print(f"{name:8} {study.__doc__} {left(list_jobs([name], args.seeds), args.processes)} on {args.processes} cores.")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 def small(monkeypatch, tmp_path):
     """small(*flags): a run of 700 steps with two updates of θ; returns its folder."""
     monkeypatch.setattr(selfalign, "UPDATE_EVERY", 300)
+    monkeypatch.setattr(selfalign, "RESET_EVERY", 300)
     monkeypatch.setattr(selfalign, "EVAL_EVERY", 200)
     monkeypatch.setattr(selfalign, "EVAL_EPISODES", 2)
     monkeypatch.setattr(selfalign, "EXPLORE_STEPS", 100)
@@ -153,8 +154,8 @@ def update(monkeypatch):
             rhat = np.full(len(values), 1.0 if mixed else 2.0)
             return Posterior(np.ones((2, 4, len(values))) * values, values, 0.3, rhat, np.full(len(values), 1e4))
 
-        def analyse(*args):
-            called.append(("analyse",))
+        def analyse(llm, task, reward, T, wrong, stalled, changes, evaluations):
+            called.append(("analyse", stalled))
             if isinstance(analysis, Exception):
                 raise analysis
             return analysis
@@ -194,7 +195,7 @@ def test_where_nothing_succeeds_and_nothing_gets_better_both_are_asked(update):
     change, called = update(LONGEST_FIRST, mean, successes=[0.05], age=better)           # both are bad, but it gets better
     assert [name for name, *_ in called] == ["sample"] and change.cause == "posterior"
     change, called = update(LONGEST_FIRST, mean, successes=[0.0], age=better)            # nothing at all has succeeded
-    assert [name for name, *_ in called] == ["sample", "analyse"] and change.cause == "analysis"
+    assert [name for name, *_ in called] == ["sample", "analyse"] and change.cause == "analysis" and not called[1][1]
 
 
 @pytest.mark.parametrize("mixed, threshold", [(False, 0.05), (True, 2.0)])
@@ -235,7 +236,7 @@ def test_the_newest_quarter_of_a_period_is_compared_with_the_half_before_it(upda
     for ages, asked in (([0.5, 0.5, 0.5, 0.0, 0.24, 0.24][::-1], 0), ([0.5, 0.5, 0.5, 0.26, 0.26, 0.26][::-1], 1),      # none is new
                         ([0.26, 0.7, 0.74, 0.0, 0.1, 0.2], 0), ([0.76, 0.8, 0.9, 0.0, 0.1, 0.2], 1)):         # none to compare with
         change, called = update(LONGEST_FIRST, age=np.array(ages if ages[0] != 0.24 else ages[::-1]), changes=agreeing())
-        assert called == [("analyse",)] * asked, ages
+        assert [name for name, *_ in called] == ["analyse"] * asked, ages
 
 
 @pytest.mark.parametrize("mean_success, both", [(0.0, True), (0.1, True), (0.101, False), (0.5, False)])
@@ -250,7 +251,7 @@ def test_the_robot_gets_better_if_its_newest_attempt_beats_more_than_six_of_ten(
     order = list(range(11))[::-1]                                     # as the reward has it: the rankings agree
     age = np.full(11, 0.5)
     age[order[10 - beaten]] = 0.0                                     # the newest
-    assert update([[i] for i in order], changes=agreeing(), age=age)[1] == [("analyse",)] * called
+    assert update([[i] for i in order], changes=agreeing(), age=age)[1] == [("analyse", True)] * called
 
 
 def test_a_change_after_which_the_robot_is_worse_is_undone(update):
@@ -266,7 +267,7 @@ def test_a_change_after_which_the_robot_is_worse_is_undone(update):
     assert change is None or change.cause != "undone"
     changes.append(selfalign.Change(20_000, "undone", first.theta, first.prior))
     change, called = update(LONGEST_FIRST, age=earlier_best, changes=changes, step=30_000)   # an undoing is not undone
-    assert change is None and called == [("analyse",)]                    # nor is what was undone taken again
+    assert change is None and called == [("analyse", True)]                    # nor is what was undone taken again
     change, called = update(LONGEST_FIRST, age=same, changes=changes, step=40_000, analysis=("other", {"reach_weight": 2.0}))
     assert change.cause == "analysis" and change.theta == {**first.theta, "reach_weight": 2.0}
 
@@ -603,14 +604,16 @@ def test_the_analysis_prompt_says_how_theta_came_about():
     changes = [selfalign.Change(0, "proposal", reward.params, reward.params),
                selfalign.Change(10_000, "posterior", {**reward.params, "reach_weight": 0.125}, reward.params)]
     taus = touches(5)
-    result = questions.analyse_failure(LLM(backend, lambda exchange: None), TASKS["touch"], reward, taus, 0.375, changes,
+    result = questions.analyse_failure(LLM(backend, lambda exchange: None), TASKS["touch"], reward, taus, 0.375, True, changes,
                                        [(2000, 0.0), (3000, 0.35)])
     assert result == ("x", {"contact_threshold": 0.2})
     for words in ("- 0 steps, proposal: reach_weight=1,", "- 10,000 steps, posterior: reach_weight=0.125,", "2,000: 0%, 3,000: 35%",
                   "reach_weight=0.125", "discount of 0.97", "orders 38% wrongly",
                   "reward per step 0.0838 = 0.0838 (reach) + 0 (slow) + 0 (contact)"):
         assert words in asked[0], words
-    assert "$" not in asked[0]
+    assert "$" not in asked[0] and "it does not succeed and has stopped\ngetting better. Attempts" in asked[0]
+    questions.analyse_failure(LLM(backend, lambda exchange: None), TASKS["touch"], reward, taus, 0.375, False, changes, [(2000, 0.0)])
+    assert "stopped" not in asked[1] and "but it has not succeeded once of late. Attempts" in asked[1]
 
 
 @pytest.mark.parametrize("task", list(TASKS))
@@ -623,7 +626,7 @@ def test_no_placeholder_is_left_in_a_prompt(task):
     llm, taus = LLM(backend, lambda exchange: None), [np.zeros((50, len(TASKS[task].features)))] * 2
     reward = questions.propose_reward(llm, TASKS[task], tried(task))
     assert questions.rank_attempts(llm, TASKS[task], taus) == [[0, 1]]
-    questions.analyse_failure(llm, TASKS[task], reward, taus, 0.0, [selfalign.Change(0, "proposal", reward.params, {})], [(2000, 0.0)])
+    questions.analyse_failure(llm, TASKS[task], reward, taus, 0.0, True, [selfalign.Change(0, "proposal", reward.params, {})], [(2000, 0.0)])
     assert len(asked) == 3
     for text in asked:
         assert "$" not in text and TASKS[task].goal in text
@@ -640,7 +643,7 @@ def test_an_analysis_sees_attempts_from_the_best_to_the_worst_reward():
     def backend(messages):
         asked.append(messages[0]["content"])
         return Reply('{"blocked_by": "x", "params": {}}')
-    questions.analyse_failure(LLM(backend, lambda exchange: None), TASKS["touch"], reward, [taus[i] for i in order], 0.1,
+    questions.analyse_failure(LLM(backend, lambda exchange: None), TASKS["touch"], reward, [taus[i] for i in order], 0.1, True,
                               [selfalign.Change(0, "proposal", reward.params, {})], [(2000, 0.0)])
     paid = [float(value) for value in re.findall(r"reward per step ([\d.e-]+) =", asked[0])]
     assert len(paid) == questions.ANALYSED and paid == sorted(paid, reverse=True)
@@ -652,7 +655,7 @@ def test_an_analysis_that_makes_the_reward_infinite_goes_back():
     answers = iter(['{"params": {"scale": 1e-5}}', '{"params": {"scale": 0.5}}'])
     llm = LLM(lambda messages: Reply(next(answers)), lambda exchange: None)
     taus = touches(3)
-    _, params = questions.analyse_failure(llm, TASKS["touch"], reward, taus, 0.0,
+    _, params = questions.analyse_failure(llm, TASKS["touch"], reward, taus, 0.0, True,
                                           [selfalign.Change(0, "proposal", reward.params, {})], [(2000, 0.0)])
     assert params == {"scale": 0.5}
 

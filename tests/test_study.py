@@ -16,7 +16,10 @@ from mh import sample_posterior
 
 def test_every_job_has_a_folder_of_its_own_and_changes_what_there_is():
     jobs = study.list_jobs(list(study.STUDIES), 3)
-    assert len({study.folder(job) for job in jobs}) == len(jobs)
+    folders = {}
+    for job in jobs:                                                  # the usual run stands in several studies, once on disk
+        assert folders.setdefault(study.folder(job), job)[:5] == job[:5]
+    assert len(folders) == 3 * (3 * 3 + 3 + 2 * 5 + 2)
     assert all(hasattr(selfalign, name) for job in jobs for name in job.names)
     assert len(study.list_jobs(["methods"], 5)) == 3 * 3 * 5
 
@@ -25,13 +28,14 @@ def test_every_job_has_a_folder_of_its_own_and_changes_what_there_is():
 def small(monkeypatch, tmp_path):
     """Jobs of 800 steps with two updates of θ, judged on 3 episodes, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    for name, value in dict(UPDATE_EVERY=300, EVAL_EVERY=200, EVAL_EPISODES=2, EXPLORE_STEPS=100, RANKED=4, BATCH={"state": 16},
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in dict(UPDATE_EVERY=300, RESET_EVERY=300, EVAL_EVERY=200, EVAL_EPISODES=2, EXPLORE_STEPS=100, RANKED=4, BATCH={"state": 16},
                             AGENT={"state": dict(hidden_dim=16, lr=1e-3, std=(1.0, 0.5, 500))},
                             sample_posterior=partial(sample_posterior, steps=(50,))).items():
         monkeypatch.setattr(selfalign, name, value)
     monkeypatch.setattr(study, "STEPS", 800)
     monkeypatch.setattr(study, "JUDGED", 3)
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
 
 
 def names_in(folder):
@@ -39,39 +43,41 @@ def names_in(folder):
 
 
 def test_a_run_is_trained_judged_and_collected(small, capsys):
-    jobs = [job for job in study.list_jobs(["methods"], 1) if job.task == "push" and job.variant != "sparse"]
+    jobs = [job for job in study.list_jobs(["methods"], 1) if job.task == "push"]
     before = dict(vars(selfalign))
     assert study.work(jobs, iter(range(9)).__next__, 1) == 0
     assert {name: value for name, value in vars(selfalign).items() if name not in before or value is not before[name]} == {}
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and "not learnt" in said[0] and "1 of 2 runs left" in said[0] and "0 of 2 runs left" in said[1]
-    folder = study.folder(jobs[1])
+    assert len(said) == 3 and "not learnt" in said[0] and "2 of 3 runs left" in said[0] and "0 of 3 runs left" in said[2]
+    folder = study.folder(jobs[2])
     assert {"metrics.csv", "policy.pt", "judged.json"} <= names_in(folder) and "judged.json.part" not in names_in(folder)
     assert json.loads((folder / "settings.json").read_text())["seed"] == 1
     assert "Not learnt within 800" in Path(f"{folder}.log").read_text()
     study.collect("methods", jobs)
     runs = study.read("results/study-methods.csv")
-    assert list(runs) == [("push", "fixed"), ("push", "selfalign")]
+    assert list(runs) == [("push", "sparse"), ("push", "fixed"), ("push", "selfalign")]
+    assert list(runs["push", "sparse"][1]) == ["success", "success of 3"]
     measures = runs["push", "selfalign"][1]
     assert [step for step, _ in measures["success"]] == [200, 400, 600, 800]
-    assert measures["success of 3"] == [(800, study.judged(jobs[1])["success"])]
+    assert measures["success of 3"] == [(800, study.judged(jobs[2])["success"])]
     with open(folder / "theta.csv") as file:
         assert {f"θ {row['name']}" for row in csv.DictReader(file)} == set(measures) - {"success", "success of 3"}
     # Judging takes episodes that no evaluation has seen, the same ones each time.
     before = (folder / "judged.json").read_text()
     (folder / "judged.json").unlink()
-    assert study.execute(jobs[1]) and "is finished" in Path(f"{folder}.log").read_text()
+    assert study.execute(jobs[2]) and "is finished" in Path(f"{folder}.log").read_text()
     assert json.loads((folder / "judged.json").read_text())["success"] == json.loads(before)["success"]
 
 
-def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(small, monkeypatch, capsys):
+@pytest.mark.parametrize("evaluation", [1, 2, 4])
+def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(evaluation, small, monkeypatch, capsys):
     whole, cut = (study.Job("parts", "push", variant, 1) for variant in ("whole", "cut"))
     assert study.execute(whole)
     real, evaluated = selfalign.evaluate, []
 
     def interrupted(*args):
         evaluated.append(args)
-        if len(evaluated) == 2:
+        if len(evaluated) == evaluation:
             raise KeyboardInterrupt
         return real(*args)
     monkeypatch.setattr(selfalign, "evaluate", interrupted)
@@ -83,6 +89,13 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(small, mo
     for name in ("metrics.csv", "theta.csv"):
         assert (study.folder(cut) / name).read_bytes() == (study.folder(whole) / name).read_bytes()
     assert study.judged(cut)["success"] == study.judged(whole)["success"]
+
+
+def test_a_run_killed_before_it_had_begun_begins_anew(small):
+    job = study.Job("parts", "push", "early", 1)
+    study.folder(job).mkdir(parents=True)
+    (study.folder(job) / "settings.json.part").write_text("{")
+    assert study.execute(job) and study.judged(job)
 
 
 def test_a_run_that_fails_is_told_and_takes_no_other_with_it(small, monkeypatch, capsys):
@@ -115,16 +128,16 @@ def test_each_run_is_done_once_whoever_takes_it(monkeypatch, tmp_path):
     for worker in workers:
         worker.join()
     assert sorted(map(jobs.index, done)) == list(range(len(jobs)))
-    assert study.left(jobs, 3) == (0, f"0 of {len(jobs)} runs left, about 0 min")
+    assert study.left(jobs, 3) == f"0 of {len(jobs)} runs left, about 0 min"
 
 
 def test_time_left_goes_by_runs_of_the_same_kind(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     jobs = study.list_jobs(["often"], 2)                              # 3 variants, 2 seeds
-    assert study.left(jobs, 2)[1] == f"6 of 6 runs left, about {6 * study.STEPS / study.SPEED / 60 / 2:.0f} min"
+    assert study.left(jobs, 2) == f"6 of 6 runs left, about {6 * study.STEPS / study.SPEED / 60 / 2:.0f} min"
     study.folder(jobs[0]).mkdir(parents=True)
     (study.folder(jobs[0]) / "judged.json").write_text('{"success": 1.0, "seconds": 1200}')
-    assert study.left(jobs, 1) == (5, f"5 of 6 runs left, about {20 + 4 * study.STEPS / study.SPEED / 60:.0f} min")
+    assert study.left(jobs, 1) == f"5 of 6 runs left, about {20 + 4 * study.STEPS / study.SPEED / 60:.0f} min"
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
@@ -133,9 +146,31 @@ def test_noise_turns_that_share_of_the_pairs_round(share):
     pairs, flipped = selfalign.pairs_of(ranking), study.flipping(share, 1)(ranking)
     turned = (flipped == pairs[:, ::-1]).all(axis=1)
     assert ((flipped == pairs).all(axis=1) | turned).all() and abs(turned.mean() - share) < 0.05
-    again = study.flipping(share, 1)(ranking)
-    np.testing.assert_array_equal(flipped, again)
+    used = study.flipping(share, 1)
+    used(ranking[::-1])                                               # as a run that is resumed has not
+    np.testing.assert_array_equal(used(ranking), flipped)
     assert not np.array_equal(flipped, study.flipping(share, 2)(ranking))
+
+
+def test_what_is_not_finished_is_missed_and_nothing_is_overwritten_by_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    jobs = study.list_jobs(["noise"], 1)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "study-noise.csv").write_text("kept")
+    monkeypatch.setattr(study.sys, "argv", ["study.py", "--collect", "noise", "--seeds", "1"])
+    with pytest.raises(SystemExit, match="no run of noise is finished"):
+        study.main()
+    assert (tmp_path / "results" / "study-noise.csv").read_text() == "kept"
+    folder = study.folder(jobs[2])
+    folder.mkdir(parents=True)
+    for name, text in (("judged.json", '{"success": 0.5, "seconds": 1}'), ("metrics.csv", "step,success\n2000,0.25\n"),
+                       ("theta.csv", "step,cause,name,value\n0,proposal,w,2\n10000,posterior,w,0.123456\n")):
+        (folder / name).write_text(text)
+    capsys.readouterr()
+    study.main()
+    assert "3 of 4 runs are not finished" in capsys.readouterr().out
+    assert study.read("results/study-noise.csv") == {("touch", "20% flipped"): {1: {
+        "success": [(2000, 0.25)], "success of 100": [(2000, 0.5)], "θ w": [(0, 2.0), (10_000, 0.1235)]}}}
 
 
 def test_steps_and_table_of_runs_written_by_hand():
