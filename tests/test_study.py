@@ -91,6 +91,24 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(evaluatio
     assert study.judged(cut)["success"] == study.judged(whole)["success"]
 
 
+@pytest.mark.parametrize("variant", ["20% flipped", "no analysis", "no sampler", "pairs of weight 1", "K = 12", "every 2,500 steps"])
+def test_what_a_variant_changes_happens_in_its_run(variant, small, monkeypatch, capsys):
+    job = next(job for job in study.list_jobs(["noise", "parts", "often"], 1) if job.variant == variant)
+    called = []
+    name = next(iter(job.names))
+    if callable(job.names[name]):
+        job = job._replace(names={name: lambda *args: (called.append(args), study_value(*args))[1]})
+        study_value = dict(next(j for j in study.list_jobs(["noise", "parts"], 1) if j.variant == variant).names)[name]
+    monkeypatch.setattr(selfalign, "DISCORDANT", -1.0)                # every ranking disagrees
+    monkeypatch.setattr(study, "STEPS", 3_000 if "every" in variant else 800)
+    assert study.execute(job), Path(f"{study.folder(job)}.log").read_text()
+    asked = [json.loads(line) for line in (study.folder(job) / "llm.jsonl").read_text().splitlines()]
+    ranked = [exchange["prompt"].count("\nAttempt ") for exchange in asked if exchange["kind"] == "rank"]
+    assert len(ranked) == (1 if "every" in variant else 2)
+    assert (ranked[0] > 4) == (variant == "K = 12")
+    assert called or not callable(job.names[name])
+
+
 def test_a_run_killed_before_it_had_begun_begins_anew(small):
     job = study.Job("parts", "push", "early", 1)
     study.folder(job).mkdir(parents=True)
