@@ -90,6 +90,11 @@ def test_the_bench():
     assert all(float(row["rhat"]) < 1.05 and float(row["ess"]) > 200 for row in rows if row["rhat"] != "nan")
 
 
+KNOWN = {"grasp-4": ("close_weight 10", "grip_weight 10", "reach_scale 0.1"),     # to break a run before the last rule was chosen
+         "grasp-7": ("grip_weight 10", "reach_weight 10", "force_weight 10"), "touch-4": ("reach_scale 0.1",),
+         "touch-7": ("reach_scale 0.1", "speed_weight 10", "touch_weight 0.1", "displacement_weight 0.1", "displacement_weight 10")}
+
+
 def test_wrong_numbers():
     runs = {}
     with open(ROOT / "results" / "wrong.csv") as file:
@@ -101,11 +106,12 @@ def test_wrong_numbers():
     fixed = {case: learnt(both.get("fixed", both.get("selfalign"))) for case, both in runs.items()}  # once, where θ never changed
     broken = [case for case in runs if not fixed[case]]
     aligned = {case: learnt(both["selfalign"]) for case, both in runs.items() if case in broken or "selfalign" in both}
+    fresh = [case for case in broken if f"{case[1]} {case[2]}" not in KNOWN.get(case[0], ())]
     text = " ".join(README.split())
-    assert f"{len(runs)} of the 88 cases, in random order: fixed did not learn {len(broken)} of them" in text
-    assert (f"Of these, selfalign learnt {sum(aligned[case] for case in broken)}; of the {len(aligned) - len(broken)} others in which it was "
-            "trained, or would have been the same run, all.") in text
-    assert all(aligned[case] for case in aligned if fixed[case])
+    assert len(runs) == 88 and f"the 88 cases: fixed did not learn {len(broken)} of them" in text
+    assert f"selfalign learnt {sum(map(aligned.get, broken))}; of the {len(aligned) - len(broken)} others in which it was trained, " in text
+    assert f"Of the {len(fresh)} found afterwards it learnt {sum(map(aligned.get, fresh))}" in text
+    assert all(aligned[case] for case in aligned if fixed[case]) and len(broken) - len(fresh) == 12
 
 
 def test_touch_without_its_term_for_speed():
