@@ -302,6 +302,7 @@ def figure(runs, path):
             axis.fill_between(steps, low, high, color=f"C{colour}", alpha=0.2, linewidth=0)
             axis.plot(steps, interquartile_mean(curves), color=f"C{colour}", linewidth=2, label=variant)
         axis.set_title(task, fontsize=10)
+        axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("environment steps")
         axis.set_xticks(range(0, STEPS + 1, 10_000), [f"{step // 1000}k" for step in range(0, STEPS + 1, 10_000)])
         axis.grid(alpha=0.3)
