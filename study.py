@@ -169,22 +169,23 @@ def left(jobs, workers):
 
 
 def work(jobs, claim, workers):
-    """Runs those jobs whose numbers `claim` gives, until none is left. Returns how many have failed or stopped."""
+    """Runs those jobs whose numbers `claim` gives, until none is left. Returns how many have failed; exits where one is stopped."""
     failed = 0
     while (number := claim()) < len(jobs):
         job = jobs[number]
         if judged(job):
             continue
         try:
-            if not execute(job):
-                print(f"{folder(job)}: stopped; the same command goes on with it", flush=True)
-                return failed + 1
-            steps = steps_to_success(evaluations(folder(job)))
-            said = f"100 % at {steps:,} steps" if steps < np.inf else "not learnt"
-            print(f"{folder(job)}: {said}, then {judged(job)['success']:.0%} of {JUDGED} episodes. {left(jobs, workers)}", flush=True)
+            ended = execute(job)
         except (Exception, SystemExit) as error:       # one run that fails takes no other with it
             failed += 1
             print(f"{folder(job)}: {error}; see {folder(job)}.log", flush=True)
+            continue
+        if not ended:
+            sys.exit(f"{folder(job)}: stopped; the same command goes on with it")
+        steps = steps_to_success(evaluations(folder(job)))
+        said = f"100 % at {steps:,} steps" if steps < np.inf else "not learnt"
+        print(f"{folder(job)}: {said}, then {judged(job)['success']:.0%} of {JUDGED} episodes. {left(jobs, workers)}", flush=True)
     return failed
 
 

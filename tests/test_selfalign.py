@@ -577,6 +577,11 @@ def test_learning_and_exploration_begin_again_after_a_period_without_success(sma
     small("--reward", "fixed", steps=700)
     # the schedule lasts 500 steps: at 300, without a success so far, it starts again from its middle; at 600 it goes on
     assert steps == [*range(101, 301), *range(251, 651)] and fresh == [0, 200]
+    steps.clear(), fresh.clear()
+    results = iter([0.0, 0.0, 0.0])
+    monkeypatch.setattr(selfalign, "RESET_EVERY", 600)                 # which need not be how often θ is updated
+    small("--reward", "fixed", steps=700)
+    assert steps == [*range(101, 601), *range(251, 351)] and fresh == [0, 500]
 
 
 def test_a_proposal_from_a_file(small, tmp_path):
