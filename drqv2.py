@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         super().__init__()
         layers = []
         for channels, stride in ((obs_shape[0], 2), (32, 1), (32, 1), (32, 1)):
-            layers += [nn.Conv2d(channels, 32, 3, stride), nn.ReLU()]
+            layers += [nn.Conv2d(channels, 32, 3, stride), nn.ReLU(inplace=True)]
         self.convnet = nn.Sequential(*layers)
         self.apply(init_weights)
         # So, a CPU's convolutions take two thirds of the time.

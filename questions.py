@@ -10,7 +10,7 @@ import numpy as np
 from llm import LLM, LLMError, prompt, read_analysis, read_code, read_ranking
 from reward import FUNCTIONS, Reward
 
-ANALYSED = 12     # attempts that a failure analysis is shown
+ANALYSED = 12     # attempts that a failure analysis, or who rewrites a reward, is shown
 
 
 def propose_reward(llm: LLM, task, features: dict[str, np.ndarray], path: str | None = None) -> Reward:
@@ -29,8 +29,12 @@ def propose_reward(llm: LLM, task, features: dict[str, np.ndarray], path: str | 
             return parse(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise LLMError(f"--proposal {path} cannot be used: {error}") from None
-    question = prompt("propose", **task_words(task), functions=", ".join(f"np.{name}" for name in FUNCTIONS))
-    return llm.ask("propose", question, parse)
+    return llm.ask("propose", prompt("propose", **task_words(task), rules=rules()), parse)
+
+
+def rules() -> str:
+    """The language of rewards, for the prompts that ask for one."""
+    return prompt("rules", functions=", ".join(f"np.{name}" for name in FUNCTIONS))
 
 
 def rank_attempts(llm: LLM, task, trajectories: list[np.ndarray]) -> list[list[int]]:
@@ -73,6 +77,29 @@ def analyse_failure(llm: LLM, task, reward: Reward, trajectories: list[np.ndarra
         return blocked_by, params
 
     return llm.ask("analyse", question, parse)
+
+
+def rewrite_reward(llm: LLM, task, reward: Reward, trajectories: list[np.ndarray], ranking: list[list[int]], wrong: float,
+                   theta: dict[str, float], evaluations: list[tuple[int, float]]) -> Reward:
+    """The LLM's reward in place of `reward` with `theta`, other code and other parameters, after its own ranking.
+
+    So do Eureka (Ma et al., 2023) and ICPL (Yu et al., 2024), in which nothing but the LLM tunes a number. ranking: groups of equally
+    good indices of `trajectories`, best first. wrong, evaluations: as in `analyse_failure`. Raises LLMError.
+    """
+    order = np.concatenate(ranking)[np.unique(np.linspace(0, len(trajectories) - 1, ANALYSED).round().astype(int))]
+    shown = [trajectories[i] for i in order]
+    question = prompt("rewrite", **task_words(task), rules=rules(), reward=reward.source_with(theta).strip(), count=len(trajectories),
+                      wrong=f"{wrong:.0%}", shown=len(shown),
+                      progress=", ".join(f"{step:,}: {success:.0%}" for step, success in evaluations),
+                      trajectories=describe(task, shown, [reward_note(reward, theta, trajectory) for trajectory in shown])
+                                   + strange_note(reward))
+
+    def parse(text):
+        better = Reward(read_code(text), task.features)
+        better.check(better.named(np.concatenate(trajectories)))
+        return better
+
+    return llm.ask("rewrite", question, parse)
 
 
 def strange_note(reward: Reward) -> str:

@@ -207,10 +207,16 @@ class RTheta:
         self.theta, self.centre, self.scale = state["theta"], state["centre"], state["scale"]
         self.reward.strange.update(state["strange"])
 
-    def change(self, theta: dict[str, float], episodes: list[np.ndarray]) -> None:
-        """A new θ; centre and scale keep the mean and the spread that rewards had on `episodes`, the last ones lived."""
+    def change(self, theta: dict[str, float], episodes: list[np.ndarray], source: str | None = None) -> None:
+        """A new θ; centre and scale keep the mean and the spread that rewards had on `episodes`, the last ones lived.
+
+        source: the code that θ belongs to, where that is another.
+        """
         features = self.reward.named(np.concatenate(episodes))
-        old, new = self.reward.total(features, self.theta), self.reward.total(features, theta)
+        old = self.reward.total(features, self.theta)
+        if source not in (None, self.reward.source):
+            self.reward = Reward(source, self.reward.offered)
+        new = self.reward.total(features, theta)
         self.theta, (self.centre, self.scale) = theta, match_level(old, new, self.centre, self.scale)
 
 

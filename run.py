@@ -21,7 +21,7 @@ try:
 except ImportError:          # Windows, where nothing keeps two processes apart
     fcntl = None
 
-VERSION = 1      # of checkpoints
+VERSION = 2      # of checkpoints
 
 
 class Screen:
@@ -253,8 +253,7 @@ class Run:
         if self.saved:                                       # a run that goes on has told this already
             return
         self.measure = "R_θ(τ)"
-        print("\nThe proposed reward R_θ; its defaults are the initial θ:\n")
-        print("    " + reward.source.strip().replace("\n", "\n    ") + "\n", flush=True)
+        print_reward("The proposed reward R_θ; its defaults are the initial θ", reward)
         self.theta(reward, change)
 
     def theta(self, reward, change) -> None:
@@ -342,6 +341,11 @@ class Run:
             print(f"\n  Cannot write {path}: {error.strerror or error}. Training goes on, and it is tried again; what cannot be written by the "
                   "end goes to the temporary folder.\n", file=sys.stderr, flush=True)
         self.failed.add(path.name)
+
+
+def print_reward(title, reward):
+    print(f"\n{title}:\n")
+    print("    " + reward.source.strip().replace("\n", "\n    ") + "\n", flush=True)
 
 
 def print_ranking(ranking, returns, wrong, pairs):

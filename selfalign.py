@@ -22,9 +22,9 @@ from drqv2 import DrQV2, ReplayBuffer
 from envs import TASKS, PandaEnv
 from llm import LLM, LLMError
 from mh import Posterior, SamplerError, preference_loss, sample_posterior
-from questions import analyse_failure, propose_reward, rank_attempts
+from questions import analyse_failure, propose_reward, rank_attempts, rewrite_reward
 from reward import RTheta
-from run import Run, Screen, State, print_analysis, print_posterior, print_ranking
+from run import Run, Screen, State, print_analysis, print_posterior, print_ranking, print_reward
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ: a period
 RESET_EVERY = 10_000       # environment steps after which networks start anew if nothing has succeeded in them
@@ -43,9 +43,9 @@ AGENT = {"pixels": dict(lr=3e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturat
          "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
 BATCH = {"pixels": 64, "state": 128}
 
-# A new θ and where it comes from: step, cause (proposal, posterior, analysis or undone), θ by name, the prior's centre for
-# the next update, and the mh.Posterior where there is one.
-Change = namedtuple("Change", "step cause theta prior posterior", defaults=(None,))
+# A new θ and where it comes from: step, cause (proposal, posterior, analysis, rewrite or undone), θ by name, the prior's centre
+# for the next update, the mh.Posterior where there is one, and the reward's code where θ may belong to another than before.
+Change = namedtuple("Change", "step cause theta prior posterior source", defaults=(None, None))
 
 
 @dataclass
@@ -64,14 +64,14 @@ class History:
         """All of it as plain values and tensors, for a checkpoint."""
         def plain(posterior):
             return posterior and {name: torch.as_tensor(value) for name, value in vars(posterior).items()}
-        return {"changes": [[*change[:4], plain(change.posterior)] for change in self.changes],
+        return {"changes": [[*change[:4], plain(change.posterior), change.source] for change in self.changes],
                 "D": [[[torch.as_tensor(tau) for tau in T], torch.as_tensor(pairs)] for T, pairs in self.D],
                 "evaluations": [list(evaluation) for evaluation in self.evaluations]}
 
     def load_state_dict(self, state: dict) -> None:
         def whole(posterior):
             return posterior and Posterior(**{name: value.numpy()[()] for name, value in posterior.items()})
-        self.changes = [Change(*change, whole(posterior)) for *change, posterior in state["changes"]]
+        self.changes = [Change(*change, whole(posterior), source) for *change, posterior, source in state["changes"]]
         self.D = [([tau.numpy() for tau in T], pairs.numpy()) for T, pairs in state["D"]]
         self.evaluations = [tuple(evaluation) for evaluation in state["evaluations"]]
 
@@ -93,8 +93,8 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
 
     make_env: makes an environment with Gymnasium's signatures, actions in [-1, 1] and, in `info`, `features` (a dict of
     floats, in the order of task.features) and `success` (bool: fulfilled by now; what counts is the last step's).
-    task: an envs.Task, or anything with its fields. method: "selfalign"; "fixed" keeps the first R_θ; "sparse" trains on
-    the environment's own reward. proposal: a file with the first reward, instead of asking for one.
+    task: an envs.Task, or anything with its fields. method: "selfalign"; "rewrite" lets the LLM write R_θ anew where selfalign
+    would change θ; "fixed" keeps the first R_θ; "sparse" trains on the environment's own reward. proposal: a file with the first reward, instead of asking for one.
 
     Raises LLMError without a usable first reward: an answer that cannot be used goes back to the LLM with the reason, up to
     llm.ATTEMPTS times. A ranking that fails in the same way is skipped, an analysis too. Raises ValueError for episodes so
@@ -119,7 +119,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
         tried = random_features(eval_env)
         first = run.reward(task) or propose_reward(llm, task, dict(zip(task.features, tried.T)), proposal)
         r_theta = RTheta(first, tried)
-        history.changes.append(Change(0, "proposal", r_theta.theta, r_theta.theta))
+        history.changes.append(Change(0, "proposal", r_theta.theta, r_theta.theta, source=first.source))
         run.proposed(r_theta.reward, history.changes[-1])
 
     eval_env.reset(seed=1_000_000 + seed)
@@ -163,7 +163,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
         if step % RESET_EVERY == 0 and not any(history.successes[-(RESET_EVERY // EVAL_EVERY):]):
             agent.reset()                                  # learn and explore anew, whatever the method
             state.explore_since = max(state.explore_since, step - agent.std[2] // 2)
-        if method != "selfalign" or nearly_learnt(history.successes):
+        if method not in ("selfalign", "rewrite") or nearly_learnt(history.successes):
             continue
         # T ← K trajectories; rank T by the LLM; D ← D ∪ its pairs
         episodes = buffer.episodes()
@@ -173,10 +173,10 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
             continue
         history.D.append((T, pairs_of(ranking)))
         # θ ← p(θ | D), or what the LLM says blocks the skill; relabel the whole replay buffer
-        change = new_theta(llm, task, r_theta.reward, history, ranking, age, step, rank_rng)
+        change = new_theta(llm, task, r_theta.reward, history, ranking, age, step, rank_rng, method == "rewrite")
         if change:
             history.changes.append(change)
-            r_theta.change(change.theta, episodes[-(UPDATE_EVERY // task.horizon // 2):])       # the last half period's
+            r_theta.change(change.theta, episodes[-(UPDATE_EVERY // task.horizon // 2):], change.source)     # the last half period's
             buffer.relabel(r_theta)
             run.theta(r_theta.reward, change)
 
@@ -267,7 +267,7 @@ def discordant(returns: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return np.where(margin > 0, 0.0, np.where(margin < 0, 1.0, 0.5))
 
 
-def new_theta(llm, task, reward, history, ranking, age, step, rng) -> Change | None:
+def new_theta(llm, task, reward, history, ranking, age, step, rng, rewrite=False) -> Change | None:
     """One update of θ, after the ranking of the trajectories that D ends with; None where θ is best left as it is.
 
     - Where the change of θ one period ago made the robot worse in the LLM's eyes, it is undone: θ and the prior before it
@@ -275,6 +275,8 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng) -> Change | N
     - Where the rankings disagree, θ is an estimate from p(θ | D), if the sampler has mixed and it explains D better.
     - Else, or where hardly anything has succeeded for a whole period, the LLM is asked what blocks the robot; in both cases
       only if its ranking shows that the robot does not get better anyway, or if nothing at all has succeeded in that period.
+
+    rewrite: in place of the sampler and of the analysis, the LLM writes the reward anew.
     """
     (T, pairs), now = history.D[-1], history.changes[-1]
     R = reward.returns(T)(now.theta)
@@ -284,16 +286,19 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng) -> Change | N
     place = np.empty(len(T))
     for rank, group in enumerate(ranking):
         place[group] = rank
-    just_changed = now.step == step - UPDATE_EVERY and now.cause in ("posterior", "analysis")
+    just_changed = now.step == step - UPDATE_EVERY and now.cause in ("posterior", "analysis", "rewrite")
     if just_changed and preferred(place, (1 <= age) & (age < 2), age < 0.25) > WORSE:
         print("  By the LLM's ranking the robot did better before the last change of θ: that change is undone.\n", flush=True)
         return history.changes[-2]._replace(step=step, cause="undone", posterior=None)
 
     change = None
-    if wrong.sum() > DISCORDANT * len(pairs):
-        change = align(reward, history, step, rng)
+    disagree = wrong.sum() > DISCORDANT * len(pairs)
     stalled = preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER
     success = np.mean(last_period(history.successes))
+    if rewrite:
+        return write_anew(llm, task, reward, history, ranking, wrong, step) if disagree or stalled or success == 0 else None
+    if disagree:
+        change = align(reward, history, step, rng)
     if success == 0 or stalled and (change is None or success <= FAILS):
         change = unblock(llm, task, reward, history, wrong.sum() / max(1, len(pairs)), stalled, change, step)
     print(flush=True)
@@ -384,6 +389,19 @@ def unblock(llm, task, reward, history, wrong, stalled, change, step) -> Change 
     if any(theta == earlier.theta for earlier in changes):         # the same, or one that was undone
         return change
     return Change(step, "analysis", theta, {**now.prior, **params}, now.posterior if change else None)
+
+
+def write_anew(llm, task, reward, history, ranking, wrong, step) -> Change | None:
+    """R_θ as the LLM rewrites it; None where it fails."""
+    T, pairs = history.D[-1]
+    try:
+        better = rewrite_reward(llm, task, reward, T, ranking, wrong.sum() / max(1, len(pairs)), history.changes[-1].theta,
+                                history.evaluations)
+    except LLMError as error:
+        print(f"\n  No new reward: {error}", flush=True)
+        return None
+    print_reward("The LLM writes the reward anew", better)
+    return Change(step, "rewrite", better.params, better.params, source=better.source)
 
 
 def main():

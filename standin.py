@@ -50,6 +50,8 @@ class StandIn:
         if len(messages) > 1 or not task:
             raise LLMError("the offline stand-in knows the questions in prompts/ only, and no other answers to them; set "
                            "OPENAI_API_KEY or OPENAI_BASE_URL to ask a real LLM")
+        if "write the better reward function" in text:
+            raise LLMError("the offline stand-in writes no code; set OPENAI_API_KEY or OPENAI_BASE_URL to ask a real LLM")
         if '"blocked_by"' in text:
             return Reply(analyse(task[1], text))
         if "RANKING:" in text:

@@ -117,7 +117,7 @@ def checked(**values):
 
 @pytest.mark.parametrize("name, good, bad", [
     ("seed", (0, 2 ** 63 - 1), (-1, 2 ** 63)), ("steps", (1, 10 ** 8), (0, -5, 10 ** 8 + 1)), ("episodes", (1, 1000), (0, -1)),
-    ("task", tuple(TASKS), ("fly", "")), ("reward", ("selfalign", "fixed", "sparse"), ("dense",)),
+    ("task", tuple(TASKS), ("fly", "")), ("reward", ("selfalign", "rewrite", "fixed", "sparse"), ("dense",)),
     ("obs", ("state", "pixels"), ("sound",)),
     ("llm", ("auto", "replay:x"), (None, 5)), ("model", (None, "", "m"), (5,)), ("proposal", (None, "", "p.py"), (5, ["p"])),
     ("device", ("cpu",), ("abacus", "meta", "cuda:99", "hpu", "cpu\n", 3))])
@@ -203,7 +203,7 @@ def test_folders_are_numbered_where_there_is_one_already(begin):
 @pytest.mark.parametrize("flags, who, kept", [
     (["--reward", "sparse"], "none is asked", "auto"), (["--reward", "fixed", "--proposal", "p"], "none is asked", "auto"),
     (["--reward", "fixed"], "offline stand-in", "offline"), (["--proposal", "p"], "offline stand-in", "offline"),
-    (["--llm", "manual"], "you: paste", "manual"), (["--llm", "chat", "--model", "m"], "m at http://127.0.0.1:9/v1", "chat"),
+    (["--llm", "manual", "--reward", "rewrite"], "you: paste", "manual"), (["--llm", "chat", "--model", "m"], "m at http://127.0.0.1:9/v1", "chat"),
     (["--model", "m"], "m at http://127.0.0.1:9/v1", "chat")])
 def test_who_is_asked_is_said_and_kept(flags, who, kept, begin, monkeypatch, capsys):
     if "--model" in flags:
@@ -216,6 +216,8 @@ def test_an_llm_that_cannot_be_used_is_said_before_there_is_a_folder(begin, tmp_
     for kind, words in (("oracle", "selfalign: unknown --llm oracle"), ("chat", "selfalign: .*--model")):
         with pytest.raises(SystemExit, match=words):
             begin("--llm", kind)
+    with pytest.raises(SystemExit, match="--reward rewrite needs a language model.*OPENAI_API_KEY"):
+        begin("--reward", "rewrite")
     assert not list(tmp_path.iterdir())
 
 

@@ -16,7 +16,7 @@ import cli
 import run as run_module
 import selfalign
 from envs import Feature, PandaEnv, Space, Task
-from llm import LLM, Answered
+from llm import LLM, Answered, Reply
 from mh import Posterior
 from reward import Reward
 from run import Run
@@ -64,6 +64,16 @@ class Picture(Dot):
         return frame
 
 
+class Writer(StandIn):
+    """Writes another reward each time that it is asked to rewrite one."""
+
+    def __call__(self, messages):
+        if "write the better reward function" not in messages[0]["content"]:
+            return super().__call__(messages)
+        name = f"w{len(messages[0]['content']) % 97}"
+        return Reply(REWARD.replace("w=", f"{name}=").replace("w *", f"{name} *"))
+
+
 @pytest.fixture
 def go(small, monkeypatch, tmp_path):  # noqa: F811
     """go(name, method, ...): a run of the dot in the folder `name`, begun or, where there is one, gone on with."""
@@ -82,7 +92,7 @@ def go(small, monkeypatch, tmp_path):  # noqa: F811
         folder = tmp_path / name
         try:
             kept = Run(folder, None if folder.exists() else {"task": "reach", "reward": method, "obs": "state", "seed": 5, "steps": steps})
-            selfalign.train(env, TASK, LLM(Answered(kept.answered, StandIn()), kept.exchange), kept, method, 5, steps,
+            selfalign.train(env, TASK, LLM(Answered(kept.answered, Writer()), kept.exchange), kept, method, 5, steps,
                             proposal=str(tmp_path / "r.py"))
             kept.close()
         finally:
@@ -125,7 +135,7 @@ WHOLE = {}                                                            # what run
     ("selfalign", Dot, run_module.os, "fsync", 1), ("selfalign", Dot, run_module.os, "fsync", 4), ("selfalign", Dot, run_module.torch, "save", 5),
     ("selfalign", Dot, selfalign, "sample_posterior", 1), ("selfalign", Dot, selfalign, "rank_attempts", 2),
     ("selfalign", Dot, selfalign, "evaluate", 3), ("fixed", Dot, Dot, "step", 800), ("sparse", Dot, Dot, "step", 800),
-    ("fixed", Picture, Dot, "step", 450)])
+    ("rewrite", Dot, Dot, "step", 600), ("rewrite", Dot, selfalign, "rank_attempts", 2), ("fixed", Picture, Dot, "step", 450)])
 def test_a_run_that_is_cut_anywhere_goes_on_as_if_nothing_had_happened(method, env, owner, name, count, go, monkeypatch):
     steps = 500 if env is Picture else 700
     if (method, env) not in WHOLE:

@@ -141,7 +141,7 @@ def touches(count, force=0.1, first=0):
 def update(monkeypatch):
     """update(groups, ...): one update of touch's θ after that ranking of `touches`; returns (change, what was called)."""
     def run(groups, mean=None, mixed=True, age=None, changes=None, analysis=("why", {"contact_weight": 9.0}), D=None,
-            step=10_000, real_sampler=None, successes=[0.2]):
+            step=10_000, real_sampler=None, successes=[0.2], rewritten=None):
         reward, called = offline_reward("touch"), []
         changes = changes or [selfalign.Change(0, "proposal", reward.params, reward.params)]
         taus = touches(sum(map(len, groups)))
@@ -159,10 +159,18 @@ def update(monkeypatch):
             if isinstance(analysis, Exception):
                 raise analysis
             return analysis
+
+        def rewrite_reward(llm, task, reward, T, ranking, wrong, theta, evaluations):
+            called.append(("rewrite", ranking, wrong, theta, evaluations))
+            if isinstance(rewritten, Exception):
+                raise rewritten
+            return rewritten
+        monkeypatch.setattr(selfalign, "rewrite_reward", rewrite_reward)
         monkeypatch.setattr(selfalign, "sample_theta", real_sampler or sample_theta)
         monkeypatch.setattr(selfalign, "analyse_failure", analyse)
         age = np.full(len(taus), 0.5) if age is None else age
-        change = selfalign.new_theta(None, TASKS["touch"], reward, history, groups, age, step, np.random.default_rng(0))
+        change = selfalign.new_theta(None, TASKS["touch"], reward, history, groups, age, step, np.random.default_rng(0),
+                                     rewrite=rewritten is not None)
         return change, called
     return run
 
@@ -272,6 +280,66 @@ def test_a_change_after_which_the_robot_is_worse_is_undone(update):
     assert change.cause == "analysis" and change.theta == {**first.theta, "reach_weight": 2.0}
 
 
+def test_where_the_reward_is_rewritten_nobody_samples_or_analyses(update):
+    better = Reward("def r(contact_force, scale=0.5):\n    return {'press': contact_force / scale}", TASKS["touch"].features)
+    change, called = update(LONGEST_FIRST, rewritten=better, successes=[0.2, 0.1])
+    assert (change.step, change.cause, change.theta, change.source) == (10_000, "rewrite", {"scale": 0.5}, better.source)
+    # By a threshold of 1 N all attempts are alike: each pair counts half.
+    assert called == [("rewrite", LONGEST_FIRST, 0.5, offline_reward("touch").params, [(0, 0.2), (1000, 0.1)])]
+    assert update(LONGEST_FIRST, rewritten=selfalign.LLMError("it is down"))[0] is None
+    # Where the rankings agree: asked only if the robot gets no better, or never succeeds.
+    improving = np.array([0.6, 0.5, 0.4, 0.3, 0.1, 0.0])
+    for age, successes, asked in ((improving, [0.2], 0), (improving, [0.0], 1), (np.full(6, 0.5), [0.2], 1)):
+        change, called = update(LONGEST_FIRST, rewritten=better, changes=agreeing(), age=age, successes=successes)
+        assert len(called) == asked and (change is not None) == asked
+
+
+def test_an_undone_rewriting_brings_the_code_before_it_back(update):
+    first = agreeing()[0]._replace(source="the code")
+    changes = [first, selfalign.Change(10_000, "rewrite", {"scale": 0.5}, {"scale": 0.5}, source="other code")]
+    earlier_best, better = np.array([0.0, 0.1, 0.24, 1.0, 1.1, 1.99]), offline_reward("push")
+    changes[1] = changes[1]._replace(theta=first.theta)                # so that the reward of this test can be asked
+    change, called = update(LONGEST_FIRST, age=earlier_best, changes=changes, step=20_000, rewritten=better)
+    assert (change.cause, change.theta, change.source) == ("undone", first.theta, "the code") and not called
+
+
+def test_other_code_keeps_the_level_of_rewards_as_well():
+    names = list(TASKS["touch"].features)
+    features = np.random.default_rng(0).uniform(0, 0.1, (500, len(names)))
+    r_theta, first = RTheta(offline_reward("touch"), features), offline_reward("touch")
+    before = r_theta(features)
+    source = "def r(hand_to_block, contact_force, far=3.0):\n    return {'far': 9.0 - far * hand_to_block, 'press': contact_force}\n"
+    r_theta.change({"far": 4.0}, [features[:300], features[300:]], source)
+    after = r_theta(features)
+    assert r_theta.reward.source == source and r_theta.theta == {"far": 4.0}
+    assert (after.mean(), after.std()) == pytest.approx((before.mean(), before.std()))
+    expected = -4.0 * features[:, names.index("hand_to_block")] + features[:, names.index("contact_force")]
+    assert np.corrcoef(after, expected)[0, 1] == pytest.approx(1.0)
+    r_theta.change(first.params, [features], first.source)
+    np.testing.assert_allclose(r_theta(features), before)
+
+
+def test_who_rewrites_a_reward_sees_its_code_and_attempts_in_the_order_of_the_ranking():
+    asked, names, taus = [], list(TASKS["touch"].features), touches(30, force=1.0)
+    reward = Reward("def r(contact_force, w=1.0, v=2.0):\n    return {'touch': w * contact_force, 'none': -v * contact_force}", names)
+    answers = iter(["def r(contact_force, w=1.0):\n    return {'a': w / (contact_force - 1.0)}",          # not finite on the attempts
+                    "Better so:\n```python\ndef r(contact_force, u=3.0):\n    return {'touch': u * contact_force}\n```"])
+
+    def backend(messages):
+        asked.append(messages[-1]["content"])
+        return Reply(next(answers))
+    ranking = [[29 - i] for i in range(28)] + [[0, 1]]
+    better = questions.rewrite_reward(LLM(backend, lambda exchange: None), TASKS["touch"], reward, taus, ranking, 0.375,
+                                      {"w": 0.5, "v": 0.25}, [(2000, 0.0), (3000, 0.35)])
+    assert better.params == {"u": 3.0} and "finite" in asked[1]
+    for words in ("w=0.5, v=0.25", "2,000: 0%, 3,000: 35%", "ranked 30 of", "orders 38% wrongly", "are 12 of them", "discount of 0.97",
+                  TASKS["touch"].goal, "reward per step 0.145 = 0.29 (touch) + -0.145 (none)", questions.rules()):
+        assert words in asked[0], words
+    assert "$" not in asked[0]
+    paid = [float(value) for value in re.findall(r"reward per step ([\d.e-]+) =", asked[0])]
+    assert len(paid) == questions.ANALYSED and paid == sorted(paid, reverse=True) and paid[0] == pytest.approx(0.145)
+
+
 def test_a_sampler_that_fails_costs_neither_the_ranking_nor_the_analysis(update, monkeypatch):
     D = []
 
@@ -367,7 +435,7 @@ def test_theta_changes_relabel_the_buffer_and_keep_the_level_of_rewards(small, m
         rows = np.flatnonzero(buffer.acted)
         buffers.append((buffer.reward[rows].copy(), buffer.features[rows].copy()))
 
-    def new_theta(llm, task, reward, history, ranking, age, step, rng):
+    def new_theta(llm, task, reward, history, ranking, age, step, rng, rewrite):
         theta = {**history.changes[-1].theta, "contact_threshold": next(chosen), "reach_weight": 7.0}
         return selfalign.Change(step, "posterior", theta, theta)
     monkeypatch.setattr(selfalign.ReplayBuffer, "relabel", relabel)
@@ -446,7 +514,7 @@ def test_every_line_of_the_algorithm_gets_what_it_should(small, monkeypatch, tmp
         noted.append(("rank", [tau.copy() for tau in T]))
         return [[2], [0, 1], [3]]
 
-    def new_theta(llm, task, reward, history, ranking, age, step, rng):
+    def new_theta(llm, task, reward, history, ranking, age, step, rng, rewrite):
         noted.append(("new_theta", step, history.D[-1], ranking, age, list(history.evaluations)))
         return selfalign.Change(step, "posterior", {"w": 3.0}, {"w": 2.0}) if step == 300 else None
     monkeypatch.setattr(selfalign, "DrQV2", Agent)

@@ -135,6 +135,7 @@ def test_the_kind_of_question_decides_the_answer():
     ([prompt("rank", task="push"), "an answer"], "knows the questions in prompts/ only"),
     (["Write a reward."], "knows the questions in prompts/ only"), (["The Task: push"], "knows the questions in prompts/ only"),
     (["Task: juggle"], "no proposal for juggle: .*--proposal FILE"),
+    ([prompt("rewrite", task="push")], "writes no code"),
     ([prompt("analyse", task="push", reward="def r(moon): return {}")], "cannot read the reward in the prompt: .*moon")])
 def test_what_the_stand_in_cannot_answer_it_says(messages, words):
     with pytest.raises(LLMError, match=words):
