@@ -225,7 +225,7 @@ def play(folder: str, agent_settings: dict, episodes: int, frames: str | None = 
             if frames:
                 Path(frames).mkdir(exist_ok=True)
         except ImportError:
-            sys.exit('saving pictures needs Pillow: pip install ".[pictures]"')
+            sys.exit('saving pictures needs Pillow: pip install ".[study]"')
         except OSError as error:
             sys.exit(f"cannot save pictures at {frames or gif}: {error.strerror}; choose another place")
     else:

@@ -4,8 +4,9 @@
     python study.py methods parts                        # these studies, one process for each core
     torchrun --nproc-per-node 2 study.py methods         # as many workers, on as many machines, as torchrun starts
     python study.py --collect methods                    # results/study-methods.csv from the finished runs' folders
-    python study.py --table results/study-methods.csv    # its table, in Markdown
-    python study.py --figure results/study-methods.csv   # its figure, beside it, as PNG: pip install -e ".[plot]"
+    python study.py --table results/study-methods.csv    # its tables, in Markdown
+    python study.py --figure results/study-methods.csv   # its figures, beside it, as PNG: pip install -e ".[study]"
+    python study.py --film RUN [RUN ...]                 # results/film.png: each run's policy in one episode
 
 Each run has a folder of its own under runs/study, which all machines must share. What is finished is skipped and what was
 cut short goes on from its checkpoint, so any of this can be stopped and started again. A run is finished when its last
@@ -40,6 +41,9 @@ STEPS = 40_000
 SPEED = 120                # environment steps per second on one core, until a run has shown how many there are
 OFFLINE = ("--llm", "offline")         # the scripted stand-in, whatever keys there are
 RESULTS = Path("results")
+REPLIES = Path(__file__).parent / "tests" / "replies"
+# θ as the paper reports it, first and last.
+REPORTED = {"contact_threshold": (1.0, 0.127), "push_weight": (2.0, 21.05)}
 
 # One run: its flags beside --task and --seed, and names in selfalign.py that stand for something else in it.
 Job = namedtuple("Job", "study task variant seed flags names", defaults=((), {}))
@@ -101,7 +105,14 @@ def often(seeds):
             for every in (2_500, 5_000, 10_000) for seed in seeds]
 
 
-STUDIES = {study.__name__: study for study in (methods, noise, parts, often)}
+def weak(seeds):
+    """Push as the paper tells it: a first reward in which reaching weighs 10 and pushing 2, in three forms."""
+    proposals = {form: REPLIES / f"propose-push-{number}.md" for form, number in (("linear", 8), ("exponential", 9), ("stages", 10))}
+    return [Job("weak", "push", f"{form}, {reward}", seed, ("--reward", reward, "--proposal", str(path), *OFFLINE))
+            for form, path in proposals.items() for reward in ("fixed", "selfalign") for seed in seeds]
+
+
+STUDIES = {study.__name__: study for study in (methods, weak, noise, parts, often)}
 
 
 def folder(job):
@@ -243,7 +254,8 @@ def collect(study, jobs):
             writer.writerows([*run, step, "success", success] for step, success in rows)
             writer.writerow([*run, rows[-1][0], f"success of {JUDGED}", judged(job)["success"]])
             with open(folder(job) / "theta.csv", newline="", encoding="utf-8") as thetas:
-                writer.writerows([*run, row["step"], f"θ {row['name']}", f"{float(row['value']):.4g}"] for row in csv.DictReader(thetas))
+                writer.writerows([*run, row["step"], f"{bound}θ {row['name']}", f"{float(row[column]):.4g}"] for row in csv.DictReader(thetas)
+                                 for bound, column in (("", "value"), ("low ", "low"), ("high ", "high")) if row[column])
     os.replace(f"{path}.part", path)
 
 
@@ -270,6 +282,20 @@ def table(runs):
         final = [run[f"success of {JUDGED}"][0][1] for run in seeds.values()]
         yield (f"| {task} | {variant} | {np.isfinite(steps).sum()} of {len(steps)} | {cell(np.median(steps))} ({cell(low)} to {cell(high)}) "
                f"| {np.mean(final):.1%} ({min(final):.0%}) |")
+
+
+def theta_table(runs):
+    """Lines of Markdown: the parameters that changed in at least half of the seeds, before and after the last update."""
+    yield "| task | | θ | first | last: median (lowest to highest) | changed |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for (task, variant), seeds in runs.items():
+        for measure in dict.fromkeys(measure for run in seeds.values() for measure in run if measure.startswith("θ ")):
+            course = [run[measure] for run in seeds.values()]
+            first, last = (np.array([values[i][1] for values in course]) for i in (0, -1))
+            changed = (first != last).sum()
+            if changed >= len(seeds) / 2:
+                yield (f"| {task} | {variant} | {measure[2:]} | {np.median(first):.3g} | {np.median(last):.3g} ({last.min():.3g} to "
+                       f"{last.max():.3g}) | {changed} of {len(seeds)} |")
 
 
 def interquartile_mean(x):
@@ -313,6 +339,54 @@ def figure(runs, path):
     drawing.savefig(path, dpi=120)
 
 
+def theta_figure(runs, path):
+    """The numbers that the paper reports, over steps: θ of every seed, its 90 % intervals, the paper's last value.
+
+    Draws nothing where none of them changed.
+    """
+    import matplotlib.pyplot as plt
+
+    panels = [(task, variant, name) for (task, variant), seeds in runs.items() for name in REPORTED
+              if any(len({value for _, value in run.get(f"θ {name}", [])}) > 1 for run in seeds.values())]
+    if not panels:
+        return
+    drawing, axes = plt.subplots(1, len(panels), figsize=(1 + 3.2 * len(panels), 2.8), squeeze=False)
+    for axis, (task, variant, name) in zip(axes[0], panels):
+        for colour, run in enumerate(runs[task, variant].values()):
+            steps, values = np.array(run[f"θ {name}"]).T
+            end = run["success"][-1][0]
+            axis.step([*steps, end], [*values, values[-1]], where="post", color=f"C{colour}", linewidth=1.2)
+            low, high = (dict(run.get(f"{bound} θ {name}", [])) for bound in ("low", "high"))
+            for step in low:                           # side by side
+                axis.plot([step + 150 * colour] * 2, [low[step], high[step]], color=f"C{colour}", alpha=0.5, linewidth=2)
+        axis.axhline(REPORTED[name][1], color="black", linestyle=":", linewidth=1)
+        axis.set_yscale("log")
+        axis.set_title(f"{task}, {variant}: {name}", fontsize=10)
+        axis.set_xlabel("environment steps")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("θ; dotted: the paper's")
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=120)
+
+
+def film(folders, path, pictures=6):
+    """A strip of pictures from one episode of each run's policy, one row each, at even distances in time."""
+    from PIL import Image
+
+    rows = []
+    for folder in folders:
+        env, agent = load_policy(folder, selfalign.AGENT)
+        obs, _ = env.reset(seed=0)
+        frames, over = [env.render()], False
+        while not over:
+            obs, _, _, over, _ = env.step(agent.act(obs, 0, explore=False))
+            frames.append(env.render())
+        rows.append(np.hstack([frames[i] for i in np.linspace(0, len(frames) - 1, pictures).astype(int)]))
+        env.close()
+    strip = Image.fromarray(np.vstack(rows))
+    strip.resize((1200, 1200 * strip.height // strip.width)).quantize(128).save(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="study", help=", ".join(STUDIES))
@@ -320,6 +394,7 @@ def main():
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="without torchrun (default: one for each core)")
     for name in ("collect", "table", "figure"):
         parser.add_argument(f"--{name}", metavar="STUDY" if name == "collect" else "FILE", help="see above")
+    parser.add_argument("--film", metavar="RUN", nargs="+", help="see above")
     args = parser.parse_args()
     unknown = {*args.studies, *filter(None, [args.collect])} - set(STUDIES)
     if unknown or args.seeds < 1 or args.processes < 1:
@@ -333,14 +408,19 @@ def main():
         if args.collect:
             collect(args.collect, list_jobs([args.collect], args.seeds))
         if args.table:
-            print("\n".join(table(read(args.table))))
+            runs = read(args.table)
+            print("\n".join([*table(runs), "", *theta_table(runs)]))
         if args.figure:
-            figure(read(args.figure), Path(args.figure).with_suffix(".png"))
+            runs, path = read(args.figure), Path(args.figure).with_suffix(".png")
+            figure(runs, path)
+            theta_figure(runs, path.with_stem(f"{path.stem}-theta"))
+        if args.film:
+            film(args.film, RESULTS / "film.png")
     except (OSError, LookupError, ValueError) as error:
         sys.exit(f"study.py: {error}")
     except ModuleNotFoundError as error:
-        sys.exit(f'study.py: {error}; figures need matplotlib: pip install -e ".[plot]"')
-    if not (args.collect or args.table or args.figure):
+        sys.exit(f'study.py: {error}; pictures need matplotlib and Pillow: pip install -e ".[study]"')
+    if not (args.collect or args.table or args.figure or args.film):
         for name, study in STUDIES.items():
             print(f"{name:8} {study.__doc__} {left(list_jobs([name], args.seeds), args.processes)} on {args.processes} cores.")
 

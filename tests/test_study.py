@@ -19,7 +19,7 @@ def test_every_job_has_a_folder_of_its_own_and_changes_what_there_is():
     folders = {}
     for job in jobs:                                                  # the usual run stands in several studies, once on disk
         assert folders.setdefault(study.folder(job), job)[:5] == job[:5]
-    assert len(folders) == 3 * (3 * 3 + 3 + 2 * 5 + 2)
+    assert len(folders) == 3 * (3 * 3 + 6 + 3 + 2 * 5 + 2)
     assert all(hasattr(selfalign, name) for job in jobs for name in job.names)
     assert len(study.list_jobs(["methods"], 5)) == 3 * 3 * 5
 
