@@ -61,7 +61,7 @@ def test_a_run_is_trained_judged_and_collected(small, capsys):
     assert [step for step, _ in measures["success"]] == [200, 400, 600, 800]
     assert measures["success of 3"] == [(800, study.judged(jobs[2])["success"])]
     with open(folder / "theta.csv") as file:
-        assert {f"θ {row['name']}" for row in csv.DictReader(file)} == set(measures) - {"success", "success of 3"}
+        assert {f"θ {row['name']}" for row in csv.DictReader(file)} == {name for name in measures if name.startswith("θ ")}
     # Judging takes episodes that no evaluation has seen, the same ones each time.
     before = (folder / "judged.json").read_text()
     (folder / "judged.json").unlink()
@@ -184,13 +184,14 @@ def test_what_is_not_finished_is_missed_and_nothing_is_overwritten_by_nothing(mo
     folder = study.folder(jobs[2])
     folder.mkdir(parents=True)
     for name, text in (("judged.json", '{"success": 0.5, "seconds": 1}'), ("metrics.csv", "step,success\n2000,0.25\n"),
-                       ("theta.csv", "step,cause,name,value\n0,proposal,w,2\n10000,posterior,w,0.123456\n")):
+                       ("theta.csv", "step,cause,name,value,low,high\n0,proposal,w,2,,\n10000,posterior,w,0.123456,0.1,0.2\n")):
         (folder / name).write_text(text)
     capsys.readouterr()
     study.main()
     assert "3 of 4 runs are not finished" in capsys.readouterr().out
     assert study.read("results/study-noise.csv") == {("touch", "20% flipped"): {1: {
-        "success": [(2000, 0.25)], "success of 100": [(2000, 0.5)], "θ w": [(0, 2.0), (10_000, 0.1235)]}}}
+        "success": [(2000, 0.25)], "success of 100": [(2000, 0.5)], "θ w": [(0, 2.0), (10_000, 0.1235)],
+        "low θ w": [(10_000, 0.1)], "high θ w": [(10_000, 0.2)]}}}
 
 
 def test_steps_and_table_of_runs_written_by_hand():
@@ -200,6 +201,43 @@ def test_steps_and_table_of_runs_written_by_hand():
              for seed, step, success in ((1, 8000, 1.0), (2, 4000, 0.96), (3, 6000, 0.98))}
     seeds[4] = seeds[5] = {"success": [(40_000, 0.1)], "success of 100": [(40_000, 0.08)]}
     assert list(study.table({("push", "fixed"): seeds}))[2:] == ["| push | fixed | 3 of 5 | 8,000 (6,000 to –) | 62.0% (8%) |"]
+
+
+def test_the_table_of_theta_leaves_out_what_hardly_ever_changed():
+    seeds = {seed: {"θ a": [(0, 1.0), (10_000, 5.0), (20_000, last)], "θ b": [(0, 3.0), (10_000, 3.0 + (seed == 1))], "θ c": [(0, 7.0)]}
+             for seed, last in ((1, 0.5), (2, 0.0625), (3, 1.0))}
+    assert list(study.theta_table({("touch", "selfalign"): seeds}))[2:] == [
+        "| touch | selfalign | a | 1 | 0.5 (0.0625 to 1) | 2 of 3 |"]
+
+
+def test_figures_of_a_study(tmp_path, monkeypatch):
+    image = pytest.importorskip("matplotlib.image")
+    rng = np.random.default_rng(0)
+    runs = {("touch", variant): {seed: {
+        "success": [(step, rng.uniform()) for step in range(2_000, 9_000, 1_000)], "θ contact_threshold": [(0, 1.0), (4_000, last)],
+        "low θ contact_threshold": [(4_000, last / 2)], "high θ contact_threshold": [(4_000, last * 2)]} for seed in (1, 2)}
+        for variant, last in (("fixed", 1.0), ("selfalign", 0.25))}
+    study.figure(runs, tmp_path / "success.png")
+    study.theta_figure(runs, tmp_path / "theta.png")
+    for name in ("success", "theta"):
+        assert image.imread(tmp_path / f"{name}.png")[:, :, :3].std() > 0.05
+    study.theta_figure({key: runs[key] for key in runs if key[1] == "fixed"}, tmp_path / "none.png")      # nothing has changed
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_film_has_a_row_for_each_run_and_moves(small, tmp_path, monkeypatch):
+    pytest.importorskip("PIL")
+    monkeypatch.setattr(study, "STEPS", 400)
+    jobs = [job for job in study.list_jobs(["methods"], 1) if job.variant == "sparse"][:2]
+    study.work(jobs, iter(range(9)).__next__, 1)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(study.sys, "argv", ["study.py", "--film", *(str(study.folder(job)) for job in jobs)])
+    study.main()
+    from PIL import Image
+    strip = np.asarray(Image.open(tmp_path / "results" / "film.png").convert("RGB"), dtype=float)
+    assert strip.shape == (400, 1200, 3)
+    pictures = strip.reshape(2, 200, 6, 200, 3).swapaxes(1, 2)
+    assert (np.abs(pictures[:, 0] - pictures[:, 5]).max(axis=(1, 2, 3)) > 50).all()
 
 
 def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end():
