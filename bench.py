@@ -84,23 +84,36 @@ def update(args):
             yield f"pixel updates/s, {args.device}", "the authors' drqv2", *speeds
 
 
+def touch_reward(number):
+    return Reward(read_code((REPLIES / f"propose-touch-{number}.md").read_text(encoding="utf-8")), TASKS["touch"].features)
+
+
+def rankings(reward, count):
+    """D: so many rankings of K attempts at touch, from random to straight towards the block, by other numbers than the reward's."""
+    env, rng, D = PandaEnv("touch"), np.random.default_rng(0), []
+    truth = None
+    for _ in range(count):
+        T = []
+        for k in range(selfalign.RANKED):
+            obs, info = env.reset(seed=k + selfalign.RANKED * len(D))
+            rows, over = [], False
+            while not over:
+                aim = np.clip(2 * obs[3:6], -1, 1) * k / selfalign.RANKED
+                obs, _, _, over, info = env.step(np.append(aim, 0.0) + 0.5 * rng.standard_normal(4))
+                rows.append(list(info["features"].values()))
+            T.append(np.array(rows))
+        if truth is None:
+            truth = {name: value * np.exp(rng.standard_normal()) for name, value in reward.params.items()}
+        D.append((T, selfalign.pairs_of([[i] for i in np.argsort(-reward.returns(T)(truth))])))
+    return D
+
+
 def sampler(args):
     """Effective samples per second, from the start to a mixed posterior of 9 parameters, given 48 ranked trajectories."""
     import emcee
-    env, rng = PandaEnv("touch"), np.random.default_rng(0)
-    reward = Reward(read_code((REPLIES / "propose-touch-2.md").read_text()), TASKS["touch"].features)
-    T = []
-    for k in range(selfalign.RANKED):                      # from random to straight towards the block
-        obs, info = env.reset(seed=k)
-        rows, over = [], False
-        while not over:
-            aim = np.clip(2 * obs[3:6], -1, 1) * k / selfalign.RANKED
-            obs, _, _, over, info = env.step(np.append(aim, 0.0) + 0.5 * rng.standard_normal(4))
-            rows.append(list(info["features"].values()))
-        T.append(np.array(rows))
+    reward = touch_reward(2)
+    (T, pairs), = rankings(reward, 1)
     R, centre = reward.returns(T), np.array(list(reward.params.values()))
-    truth = centre * np.exp(rng.standard_normal(len(centre)))          # the ranking is by other numbers than the proposal's
-    pairs = selfalign.pairs_of([[i] for i in np.argsort(-R(dict(zip(reward.params, truth))))])
 
     def log_likelihood(theta):
         return -preference_loss(R({name: theta[:, i:i + 1] for i, name in enumerate(reward.params)}), pairs, 2 / len(T))
@@ -157,30 +170,53 @@ def sampler(args):
             yield "effective samples/s", name, mine, speed(sample, seed)
 
 
+def proposal(task):
+    return REPLIES / f"propose-{task}-1.md"
+
+
+def train_ours(task, seed, steps):
+    """(seconds, steps to 100 % or None) of a run with a fixed reward."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run = Run(folder, dict(task=task, reward="fixed", obs="state", seed=seed, steps=steps))
+        started = time.perf_counter()
+        learnt = selfalign.train(lambda: PandaEnv(task), TASKS[task], LLM(None, run.exchange), run, "fixed", seed, steps,
+                                 proposal=str(proposal(task)))
+        seconds = time.perf_counter() - started
+        run.close()
+    return seconds, learnt
+
+
+def theta(args):
+    """Seconds of one update of θ, by parameters and by rankings of 48 in D, beside those of the 10,000 steps that it belongs to."""
+    torch.set_num_threads(1)                               # as our command line
+    cases = [(reward, rankings(reward, count)) for reward in map(touch_reward, (7, 2, 1)) for count in (1, 2, 4)]
+    for seed in range(1, args.rounds + 1):
+        explored, trained = (train_ours("touch", seed, steps)[0] for steps in (selfalign.EXPLORE_STEPS, 3_000))
+        period = (trained - explored) * selfalign.UPDATE_EVERY / (3_000 - selfalign.EXPLORE_STEPS)
+        for reward, D in cases:
+            now = selfalign.Change(0, "proposal", reward.params, reward.params)
+            started = time.perf_counter()
+            posterior = selfalign.sample_theta(reward, now.prior, D, np.random.default_rng(seed))
+            selfalign.estimate(posterior, reward, now, D)
+            yield (f"s to a new θ, {len(reward.params)} parameters, {len(D)} ranking{'s' * (len(D) > 1)}", "its period of training",
+                   time.perf_counter() - started, period)
+
+
 def learning(args):
     """Seconds to 100 % success, twice running, from the state and the same fixed reward, evaluations included."""
     import gymnasium
     from stable_baselines3 import SAC, TD3
     from stable_baselines3.common.callbacks import BaseCallback
 
-    proposals = {task: REPLIES / f"propose-{task}-1.md" for task in TASKS}
-
     def ours(task, seed):
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            run = Run(folder, dict(task=task, reward="fixed", obs="state", seed=seed, steps=args.steps))
-            started = time.perf_counter()
-            steps = selfalign.train(lambda: PandaEnv(task), TASKS[task], LLM(None, run.exchange), run, "fixed", seed, args.steps,
-                                    proposal=str(proposals[task]))
-            seconds = time.perf_counter() - started
-            run.close()
-        return seconds, steps
+        return train_ours(task, seed, args.steps)
 
     class Env(gymnasium.Env):
         """PandaEnv for Stable-Baselines3, with r_θ for its reward."""
 
         def __init__(self, task):
             self.env = PandaEnv(task)
-            reward = Reward(read_code(proposals[task].read_text(encoding="utf-8")), TASKS[task].features)
+            reward = Reward(read_code(proposal(task).read_text(encoding="utf-8")), TASKS[task].features)
             self.r_theta = RTheta(reward, selfalign.random_features(self.env))
             self.observation_space = gymnasium.spaces.Box(*self.env.observation_space)
             self.action_space = gymnasium.spaces.Box(*self.env.action_space)
@@ -231,7 +267,7 @@ def learning(args):
                        peer_seconds if peer_steps else np.inf)
 
 
-MEASURES = {measure.__name__: measure for measure in (environment, update, sampler, learning)}
+MEASURES = {measure.__name__: measure for measure in (environment, update, sampler, theta, learning)}
 
 
 def read(path):

@@ -19,7 +19,8 @@ from llm import LLM, Answered, LLMError, Replay, choose_backend
 from run import Run
 
 REWARDS, OBSERVATIONS = ("selfalign", "rewrite", "fixed", "sparse"), ("state", "pixels")
-DEFAULTS = dict(task="touch", reward="selfalign", obs="state", seed=1, steps=60_000, device="cpu", llm="auto",
+PRECISIONS = ("float32", "bfloat16")
+DEFAULTS = dict(task="touch", reward="selfalign", obs="state", precision="float32", seed=1, steps=60_000, device="cpu", llm="auto",
                 model=os.environ.get("OPENAI_MODEL") or None, proposal=None, out=None, resume=None, play=None, gif=None, frames=None, episodes=5)
 
 
@@ -32,6 +33,8 @@ def parse_args(description: str) -> argparse.Namespace:
                         help="selfalign: the whole algorithm (default); rewrite: the LLM writes the reward anew "
                         "where selfalign would change θ; fixed: the LLM's first reward; sparse: 1 on success")
     parser.add_argument("--obs", choices=OBSERVATIONS, help="default: state")
+    parser.add_argument("--precision", choices=PRECISIONS, help="with --obs pixels: of the convolutions (default: float32); bfloat16 takes "
+                        "half the time where the processor has it")
     parser.add_argument("--seed", type=int, help="default: 1")
     parser.add_argument("--steps", type=int, help="environment steps at most (default: 60000)")
     parser.add_argument("--device", help="torch device, such as cpu (default) or cuda")
@@ -63,6 +66,8 @@ def parse_args(description: str) -> argparse.Namespace:
         parser.error("--reward sparse has no R_θ and asks no LLM: leave --proposal, --llm and --model out")
     if args.gif and not args.gif.endswith(".gif"):
         parser.error(f"--gif {args.gif} must end in .gif")
+    if args.obs == "state" and "precision" in given:
+        parser.error("--precision is that of convolutions, and --obs state has none: leave it out")
     check(args, parser.error)
     args.given = given
     return args
@@ -72,6 +77,8 @@ def check(args, fail) -> None:
     """Calls fail with one line for values, of flags or of a run's settings, that cannot be used."""
     if args.task not in TASKS or args.reward not in REWARDS or args.obs not in OBSERVATIONS:
         fail(f"there is no run of {args.task!r} with {args.reward!r} from {args.obs!r}")
+    if args.precision not in PRECISIONS:
+        fail(f"there is no precision {args.precision!r}: choose one of {', '.join(PRECISIONS)}")
     texts = [args.llm, args.device, args.model or "", args.proposal or ""]
     if not all(isinstance(text, str) for text in texts):
         fail("the settings hold other kinds of values than a run's")

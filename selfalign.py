@@ -38,7 +38,7 @@ FAILS = 0.1                # a period of at most this mean success calls for an 
 BETTER = 0.6               # no analysis while the LLM prefers the newest attempts to earlier ones more often than this
 EXPLORE_STEPS = 1_000      # uniform random actions first
 
-# Smaller networks and batches than DrQ-v2's own, and larger steps, for two cores. Nothing has been learnt from pixels yet.
+# Smaller networks and batches than DrQ-v2's own, and larger steps, for two cores.
 AGENT = {"pixels": dict(lr=3e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005),
          "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
 BATCH = {"pixels": 64, "state": 128}
@@ -77,7 +77,7 @@ class History:
 
 
 def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: int = 1, steps: int = 60_000,
-          device: str = "cpu", proposal: str | None = None) -> int | None:
+          device: str = "cpu", proposal: str | None = None, precision: str = "float32") -> int | None:
     """Algorithm 1. Returns the number of environment steps to 100 % success, or None within `steps`.
 
         R_θ ← the LLM proposes a reward                                               propose_reward
@@ -94,7 +94,8 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
     make_env: makes an environment with Gymnasium's signatures, actions in [-1, 1] and, in `info`, `features` (a dict of
     floats, in the order of task.features) and `success` (bool: fulfilled by now; what counts is the last step's).
     task: an envs.Task, or anything with its fields. method: "selfalign"; "rewrite" lets the LLM write R_θ anew where selfalign
-    would change θ; "fixed" keeps the first R_θ; "sparse" trains on the environment's own reward. proposal: a file with the first reward, instead of asking for one.
+    would change θ; "fixed" keeps the first R_θ; "sparse" trains on the environment's own reward. proposal: a file with the first
+    reward, instead of asking for one. precision: of convolutions, "float32" or "bfloat16".
 
     Raises LLMError without a usable first reward: an answer that cannot be used goes back to the LLM with the reason, up to
     llm.ATTEMPTS times. A ranking that fails in the same way is skipped, an analysis too. Raises ValueError for episodes so
@@ -109,7 +110,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
     torch.manual_seed(seed)
     # Streams of their own, so that a run whose θ never changes is the run of the fixed reward, byte for byte.
     rng, rank_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
-    agent = DrQV2(obs_space.shape, action_shape, device=device, **AGENT[kind])
+    agent = DrQV2(obs_space.shape, action_shape, device=device, precision=getattr(torch, precision), **AGENT[kind])
     buffer = ReplayBuffer(2 * steps + 2, obs_space.shape, action_shape, n_features=len(task.features),
                           obs_dtype=obs_space.dtype, frame_stack=3 if kind == "pixels" else 1, discount=task.discount, seed=seed)
     history, r_theta = History(), None
@@ -412,7 +413,7 @@ def main():
     run, llm = start(args)
     with ending(run, llm):
         steps = train(lambda: PandaEnv(args.task, args.obs), TASKS[args.task], llm, run, args.reward, args.seed, args.steps, args.device,
-                      args.proposal)
+                      args.proposal, args.precision)
         print(f"\nDone: {args.task} reached {EVAL_EPISODES} of {EVAL_EPISODES} at {steps:,} environment steps, and again "
               f"{EVAL_EVERY:,} steps later." if steps else f"\nNot learnt within {args.steps:,} environment steps.")
 

@@ -34,7 +34,7 @@ def parse(monkeypatch):
 
 def test_defaults_are_those_that_the_help_names(parse, capsys):
     args = parse()
-    assert vars(args) == dict(task="touch", reward="selfalign", obs="state", seed=1, steps=60_000, device="cpu", llm="auto",
+    assert vars(args) == dict(task="touch", reward="selfalign", obs="state", precision="float32", seed=1, steps=60_000, device="cpu", llm="auto",
                               model=None, proposal=None, out=None, resume=None, play=None, gif=None, frames=None, episodes=5,
                               given={})
     with pytest.raises(SystemExit) as stop:
@@ -44,7 +44,7 @@ def test_defaults_are_those_that_the_help_names(parse, capsys):
     helps = dict(re.findall(r"^  --(\w+) (.*?)(?=^  --|\Z)", text, re.DOTALL | re.MULTILINE))
     helps = {name: " ".join(words.split()) for name, words in helps.items()}
     assert set(helps) == set(vars(args)) - {"given"}
-    for name in ("task", "obs", "seed", "steps", "episodes"):
+    for name in ("task", "obs", "precision", "seed", "steps", "episodes"):
         assert f"default: {getattr(args, name)}" in helps[name]
     for name, words in (("reward", "the whole algorithm (default)"), ("device", "cpu (default)"), ("llm", "auto (default)")):
         assert words in helps[name]
@@ -59,7 +59,7 @@ def test_the_environment_may_name_the_model(monkeypatch):
 
 
 def test_every_flag_arrives_with_its_value_and_is_known_to_be_given(parse):
-    flags = dict(task="push", reward="fixed", obs="pixels", seed=7, steps=900, device="cpu", llm="manual", model="m",
+    flags = dict(task="push", reward="fixed", obs="pixels", precision="bfloat16", seed=7, steps=900, device="cpu", llm="manual", model="m",
                  proposal="p.py", out="x")
     args = parse(*(f"--{name}={value}" for name, value in flags.items()))
     assert args.given == flags and {name: getattr(args, name) for name in flags} == flags
@@ -70,7 +70,7 @@ def test_every_flag_arrives_with_its_value_and_is_known_to_be_given(parse):
 
 
 def test_flags_that_do_nothing_beside_others_are_refused_in_one_line(parse, capsys):
-    values = dict(task="push", reward="fixed", obs="state", seed="1", steps="9", device="cpu", llm="offline", model="m",
+    values = dict(task="push", reward="fixed", obs="state", precision="float32", seed="1", steps="9", device="cpu", llm="offline", model="m",
                   proposal="p", out="o", resume="r", play="p", gif="g.gif", frames="f", episodes="1")
     for mode, useful in (("play", {"gif", "frames", "episodes"}), ("resume", {"steps", "device", "llm", "model"})):
         for name in set(values) - {mode}:
@@ -92,6 +92,9 @@ def test_flags_that_do_nothing_beside_others_are_refused_in_one_line(parse, caps
             parse("--reward", "sparse", f"--{name}", values[name])
         assert "--reward sparse has no R_θ and asks no LLM" in capsys.readouterr().err
         parse("--reward", "fixed", f"--{name}", values[name])
+    with pytest.raises(SystemExit):
+        parse("--precision", "bfloat16")
+    assert "--obs state has none" in capsys.readouterr().err
 
 
 def test_names_that_are_empty_are_refused(parse, capsys):
@@ -118,7 +121,7 @@ def checked(**values):
 @pytest.mark.parametrize("name, good, bad", [
     ("seed", (0, 2 ** 63 - 1), (-1, 2 ** 63)), ("steps", (1, 10 ** 8), (0, -5, 10 ** 8 + 1)), ("episodes", (1, 1000), (0, -1)),
     ("task", tuple(TASKS), ("fly", "")), ("reward", ("selfalign", "rewrite", "fixed", "sparse"), ("dense",)),
-    ("obs", ("state", "pixels"), ("sound",)),
+    ("obs", ("state", "pixels"), ("sound",)), ("precision", ("float32", "bfloat16"), ("float16", None)),
     ("llm", ("auto", "replay:x"), (None, 5)), ("model", (None, "", "m"), (5,)), ("proposal", (None, "", "p.py"), (5, ["p"])),
     ("device", ("cpu",), ("abacus", "meta", "cuda:99", "hpu", "cpu\n", 3))])
 def test_what_settings_may_be(name, good, bad, monkeypatch):
@@ -130,7 +133,7 @@ def test_what_settings_may_be(name, good, bad, monkeypatch):
         assert reason and "\n" not in reason, value
         if name in ("seed", "steps", "episodes", "device") and value != 3:
             assert f"--{name}" in reason
-        elif name in ("task", "reward", "obs"):
+        elif name in ("task", "reward", "obs", "precision"):
             assert f"{value!r}" in reason
 
 
@@ -182,7 +185,7 @@ def test_a_run_says_what_it_is_and_keeps_its_settings(begin, capsys):
         f"Task: grasp. {TASKS['grasp'].goal}\n"
         "Reward: selfalign, observations: state, seed 3. Everything is kept in runs/grasp-selfalign-3.\n"
         "LLM: offline stand-in (OPENAI_API_KEY and OPENAI_BASE_URL are not set): scripted answers, NOT a language model\n")
-    assert settings_of(run.folder) == dict(task="grasp", reward="selfalign", obs="state", seed=3, steps=900, device="cpu",
+    assert settings_of(run.folder) == dict(task="grasp", reward="selfalign", obs="state", precision="float32", seed=3, steps=900, device="cpu",
                                            llm="offline", model=None, proposal=None, out=None)
     # What is asked is answered and recorded.
     question = "Task: grasp\nRANKING:"
@@ -490,7 +493,7 @@ def test_a_gif_that_is_stopped_shows_what_there_was(stage, tmp_path, monkeypatch
 def test_what_keeps_pictures_from_being_saved_is_said(stage, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "PIL", None)
-        with pytest.raises(SystemExit, match=r'saving pictures needs Pillow: pip install "\.\[pictures\]"'):
+        with pytest.raises(SystemExit, match=r'saving pictures needs Pillow: pip install "\.\[study\]"'):
             cli.play(stage, SMALL, 1, gif=str(tmp_path / "a.gif"))
     pytest.importorskip("PIL")
     (tmp_path / "b.gif").mkdir()
