@@ -2,6 +2,7 @@
 
     pip install -e ".[bench]"
     python bench.py environment sampler learning                         # panda-gym, emcee, Stable-Baselines3
+    python bench.py theta                                                # what an update of θ costs, beside its period
     python bench.py update sampler --drqv2 ../drqv2 --aprel ../aprel     # clones of the authors' code and of APReL
     python bench.py --table results/speed.csv                            # the table of rows measured before
 
@@ -30,6 +31,7 @@ from mh import MAX_RHAT, MIN_ESS, PRIOR_STD, effective_sample_size, preference_l
 from reward import Reward, RTheta
 from run import Run
 
+UPDATE_OF_THETA = "update of θ"          # of what is not beside a peer, but beside the training it interrupts
 REPLIES = Path(__file__).parent / "tests" / "replies"
 
 
@@ -90,22 +92,19 @@ def touch_reward(number):
 
 def rankings(reward, count):
     """D: so many rankings of K attempts at touch, from random to straight towards the block, by other numbers than the reward's."""
-    env, rng, D = PandaEnv("touch"), np.random.default_rng(0), []
-    truth = None
-    for _ in range(count):
-        T = []
-        for k in range(selfalign.RANKED):
-            obs, info = env.reset(seed=k + selfalign.RANKED * len(D))
-            rows, over = [], False
-            while not over:
-                aim = np.clip(2 * obs[3:6], -1, 1) * k / selfalign.RANKED
-                obs, _, _, over, info = env.step(np.append(aim, 0.0) + 0.5 * rng.standard_normal(4))
-                rows.append(list(info["features"].values()))
-            T.append(np.array(rows))
-        if truth is None:
-            truth = {name: value * np.exp(rng.standard_normal()) for name, value in reward.params.items()}
-        D.append((T, selfalign.pairs_of([[i] for i in np.argsort(-reward.returns(T)(truth))])))
-    return D
+    env, rng, attempts = PandaEnv("touch"), np.random.default_rng(0), []
+    for number in range(count * selfalign.RANKED):
+        obs, info = env.reset(seed=number)
+        rows, over = [], False
+        while not over:
+            aim = np.clip(2 * obs[3:6], -1, 1) * (number % selfalign.RANKED) / selfalign.RANKED
+            obs, _, _, over, info = env.step(np.append(aim, 0.0) + 0.5 * rng.standard_normal(4))
+            rows.append(list(info["features"].values()))
+        attempts.append(np.array(rows))
+    truth = np.array(list(reward.params.values())) * np.exp(rng.standard_normal(len(reward.params)))
+    R = reward.returns(attempts)(dict(zip(reward.params, truth))).reshape(count, -1)
+    return [(attempts[i * selfalign.RANKED:(i + 1) * selfalign.RANKED], selfalign.pairs_of([[j] for j in np.argsort(-R[i])]))
+            for i in range(count)]
 
 
 def sampler(args):
@@ -189,7 +188,7 @@ def train_ours(task, seed, steps):
 def theta(args):
     """Seconds of one update of θ, by parameters and by rankings of 48 in D, beside those of the 10,000 steps that it belongs to."""
     torch.set_num_threads(1)                               # as our command line
-    cases = [(reward, rankings(reward, count)) for reward in map(touch_reward, (7, 2, 1)) for count in (1, 2, 4)]
+    cases = [(reward, D[:count]) for reward in map(touch_reward, (7, 2, 1)) for D in [rankings(reward, 4)] for count in (1, 2, 4)]
     for seed in range(1, args.rounds + 1):
         explored, trained = (train_ours("touch", seed, steps)[0] for steps in (selfalign.EXPLORE_STEPS, 3_000))
         period = (trained - explored) * selfalign.UPDATE_EVERY / (3_000 - selfalign.EXPLORE_STEPS)
@@ -198,8 +197,7 @@ def theta(args):
             started = time.perf_counter()
             posterior = selfalign.sample_theta(reward, now.prior, D, np.random.default_rng(seed))
             selfalign.estimate(posterior, reward, now, D)
-            yield (f"s to a new θ, {len(reward.params)} parameters, {len(D)} ranking{'s' * (len(D) > 1)}", "its period of training",
-                   time.perf_counter() - started, period)
+            yield f"{UPDATE_OF_THETA}, {len(reward.params)} parameters, {len(D)} rankings", "period", time.perf_counter() - started, period
 
 
 def learning(args):
@@ -277,9 +275,14 @@ def read(path):
 
 
 def table(rows):
-    """Lines of Markdown from rows of (measure, peer, ours, theirs): medians, ranges, and how many times faster we are."""
-    yield "| measure | ours | peer | theirs | ours is faster by |"
-    yield "| --- | --- | --- | --- | --- |"
+    """Lines of Markdown from rows of (measure, peer, ours, theirs): medians, ranges, and how many times faster we are.
+
+    Updates of θ have a table of their own, after the others.
+    """
+    theta, rows = ([row for row in rows if row[0].startswith(UPDATE_OF_THETA) == of_theta] for of_theta in (True, False))
+    if rows:
+        yield "| measure | ours | peer | theirs | ours is faster by |"
+        yield "| --- | --- | --- | --- | --- |"
     for key in dict.fromkeys((measure, peer) for measure, peer, *_ in rows):
         both = np.array([row[2:] for row in rows if tuple(row[:2]) == key], dtype=float).T
         ours, theirs = np.median(both, axis=1)
@@ -287,6 +290,13 @@ def table(rows):
         faster = f"{ratio[0] / ratio[1]:.2f}" if np.isfinite(ratio).all() else "–"
         cells = [_cell(x) for x in both]
         yield f"| {key[0]} | {cells[0]} | {key[1]} | {cells[1]} | {faster} |"
+    if theta:
+        yield from [""] * bool(rows)
+        yield "| | s | s of its period of training | share |"
+        yield "| --- | --- | --- | --- |"
+    for measure in dict.fromkeys(row[0] for row in theta):
+        seconds, period = np.array([row[2:] for row in theta if row[0] == measure], dtype=float).T
+        yield f"| {measure} | {_cell(seconds)} | {_cell(period)} | {np.median(seconds / period):.1%} |"
 
 
 def _cell(x):
@@ -318,8 +328,9 @@ def main():
             return print("\n".join(table(read(args.table))))
         except (OSError, ValueError) as error:
             sys.exit(f"bench.py: {args.table} holds no rows of a former run: {error}")
-    rows, failed = [], False
+    rows, failed, threads = [], False, torch.get_num_threads()
     for name in args.measures:
+        torch.set_num_threads(threads)                     # some measures take fewer
         print(f"{name}: {MEASURES[name].__doc__}", flush=True)
         try:
             for row in MEASURES[name](args):

@@ -13,16 +13,14 @@ from reward import FUNCTIONS, Reward
 ANALYSED = 12     # attempts that a failure analysis, or who rewrites a reward, is shown
 
 
-def propose_reward(llm: LLM, task, features: dict[str, np.ndarray], path: str | None = None) -> Reward:
-    """The LLM's reward for `task`; what does not parse, run or stay finite on `features` goes back to it.
+def propose_reward(llm: LLM, task, features: np.ndarray, path: str | None = None) -> Reward:
+    """The LLM's reward for `task`; what does not parse, run or stay finite on `features`, (N, F), goes back to it.
 
     path: a file that holds a reward (Python, or Markdown with a code block), which is taken instead of asking.
     Raises LLMError for a file that cannot be used, and where the LLM gives nothing that can.
     """
     def parse(text):
-        reward = Reward(read_code(text), task.features)
-        reward.check(features)
-        return reward
+        return read_reward(text, task, features)
 
     if path:
         try:
@@ -32,9 +30,10 @@ def propose_reward(llm: LLM, task, features: dict[str, np.ndarray], path: str | 
     return llm.ask("propose", prompt("propose", **task_words(task), rules=rules()), parse)
 
 
-def rules() -> str:
-    """The language of rewards, for the prompts that ask for one."""
-    return prompt("rules", functions=", ".join(f"np.{name}" for name in FUNCTIONS))
+def rules(tuned: bool = True) -> str:
+    """The language of rewards, for the prompts that ask for one. tuned: whether the parameters will be estimated."""
+    return prompt("rules", few=", better 5 to 8, for each is estimated from few data: those that you are least\n  sure of" if tuned else "",
+                  functions=", ".join(f"np.{name}" for name in FUNCTIONS))
 
 
 def rank_attempts(llm: LLM, task, trajectories: list[np.ndarray]) -> list[list[int]]:
@@ -59,16 +58,11 @@ def analyse_failure(llm: LLM, task, reward: Reward, trajectories: list[np.ndarra
     changes: of θ so far, with `step`, `cause` and `theta`. evaluations: (step, success rate). Raises LLMError.
     """
     theta, R = changes[-1].theta, reward.returns(trajectories)
-    order = np.argsort(-R(theta))[np.unique(np.linspace(0, len(trajectories) - 1, ANALYSED).round().astype(int))]
-    shown = [trajectories[i] for i in order]
-    question = prompt("analyse", **task_words(task), wrong=f"{wrong:.0%}", reward=reward.source_with(theta).strip(),
+    question = prompt("analyse", **task_words(task), **reward_words(task, reward, theta, trajectories, np.argsort(-R(theta)), wrong, evaluations),
                       fails="does not succeed and has stopped\ngetting better" if stalled else "has not succeeded once of late",
                       history="\n".join(f"- {change.step:,} steps, {change.cause}: "
                                         + ", ".join(f"{name}={value:.3g}" for name, value in change.theta.items())
-                                        for change in changes),
-                      progress=", ".join(f"{step:,}: {success:.0%}" for step, success in evaluations),
-                      trajectories=describe(task, shown, [reward_note(reward, theta, trajectory) for trajectory in shown])
-                                   + strange_note(reward))
+                                        for change in changes))
 
     def parse(text):
         blocked_by, params = read_analysis(text, theta)
@@ -80,26 +74,34 @@ def analyse_failure(llm: LLM, task, reward: Reward, trajectories: list[np.ndarra
 
 
 def rewrite_reward(llm: LLM, task, reward: Reward, trajectories: list[np.ndarray], ranking: list[list[int]], wrong: float,
-                   theta: dict[str, float], evaluations: list[tuple[int, float]]) -> Reward:
-    """The LLM's reward in place of `reward` with `theta`, other code and other parameters, after its own ranking.
+                   changes: list, evaluations: list[tuple[int, float]]) -> Reward:
+    """The LLM's reward in place of `reward`, other code and other parameters, after a ranking.
 
     So do Eureka (Ma et al., 2023) and ICPL (Yu et al., 2024), in which nothing but the LLM tunes a number. ranking: groups of equally
-    good indices of `trajectories`, best first. wrong, evaluations: as in `analyse_failure`. Raises LLMError.
+    good indices of `trajectories`, best first. wrong, changes, evaluations: as in `analyse_failure`. Raises LLMError.
     """
-    order = np.concatenate(ranking)[np.unique(np.linspace(0, len(trajectories) - 1, ANALYSED).round().astype(int))]
-    shown = [trajectories[i] for i in order]
-    question = prompt("rewrite", **task_words(task), rules=rules(), reward=reward.source_with(theta).strip(), count=len(trajectories),
-                      wrong=f"{wrong:.0%}", shown=len(shown),
-                      progress=", ".join(f"{step:,}: {success:.0%}" for step, success in evaluations),
-                      trajectories=describe(task, shown, [reward_note(reward, theta, trajectory) for trajectory in shown])
-                                   + strange_note(reward))
+    taken_back = [then.source for then, after in zip(changes, changes[1:]) if after.cause == "undone"]
+    question = prompt("rewrite", **task_words(task), rules=rules(tuned=False), count=len(trajectories),
+                      **reward_words(task, reward, changes[-1].theta, trajectories, np.concatenate(ranking), wrong, evaluations),
+                      undone="".join("\nThis one came after it and was taken back, because the robot did worse with it:\n\n"
+                                     f"```python\n{source.strip()}\n```\n" for source in taken_back))
+    return llm.ask("rewrite", question, lambda text: read_reward(text, task, np.concatenate(trajectories)))
 
-    def parse(text):
-        better = Reward(read_code(text), task.features)
-        better.check(better.named(np.concatenate(trajectories)))
-        return better
 
-    return llm.ask("rewrite", question, parse)
+def read_reward(text: str, task, features) -> Reward:
+    """The reward in an answer, tried on `features`, (N, F). Raises ValueError where it cannot be used."""
+    reward = Reward(read_code(text), task.features)
+    reward.check(reward.named(features))
+    return reward
+
+
+def reward_words(task, reward, theta, trajectories, order, wrong, evaluations) -> dict[str, str]:
+    """What prompts about a reward in use say of it, of its success and of ANALYSED of the trajectories, evenly chosen in that order."""
+    shown = [trajectories[i] for i in order[np.unique(np.linspace(0, len(order) - 1, ANALYSED).round().astype(int))]]
+    return dict(reward=reward.source_with(theta).strip(), wrong=f"{wrong:.0%}", shown=len(shown),
+                progress=", ".join(f"{step:,}: {success:.0%}" for step, success in evaluations),
+                trajectories=describe(task, shown, [reward_note(reward, theta, trajectory) for trajectory in shown])
+                              + strange_note(reward))
 
 
 def strange_note(reward: Reward) -> str:

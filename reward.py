@@ -204,6 +204,8 @@ class RTheta:
                 "strange": dict(self.reward.strange)}
 
     def load_state_dict(self, state: dict) -> None:
+        """Takes what `state_dict` gave, code included. Raises RewardError where that cannot be compiled."""
+        self.reward = Reward(state["source"], self.reward.offered)
         self.theta, self.centre, self.scale = state["theta"], state["centre"], state["scale"]
         self.reward.strange.update(state["strange"])
 
@@ -214,7 +216,7 @@ class RTheta:
         """
         features = self.reward.named(np.concatenate(episodes))
         old = self.reward.total(features, self.theta)
-        if source not in (None, self.reward.source):
+        if source is not None and source != self.reward.source:
             self.reward = Reward(source, self.reward.offered)
         new = self.reward.total(features, theta)
         self.theta, (self.centre, self.scale) = theta, match_level(old, new, self.centre, self.scale)

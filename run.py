@@ -184,7 +184,7 @@ class Run:
         self._write("settings.json", json.dumps(settings, indent=2) + "\n")
 
     def reward(self, task) -> Reward | None:
-        """The first reward of a run that goes on, if it has one."""
+        """The present reward of a run that goes on, if it has one."""
         if self.saved is None or "r_theta" not in self.saved:
             return None
         try:

@@ -23,7 +23,7 @@ from envs import TASKS, PandaEnv
 from llm import LLM, LLMError
 from mh import Posterior, SamplerError, preference_loss, sample_posterior
 from questions import analyse_failure, propose_reward, rank_attempts, rewrite_reward
-from reward import RTheta
+from reward import Reward, RTheta
 from run import Run, Screen, State, print_analysis, print_posterior, print_ranking, print_reward
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ: a period
@@ -44,7 +44,7 @@ AGENT = {"pixels": dict(lr=3e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturat
 BATCH = {"pixels": 64, "state": 128}
 
 # A new θ and where it comes from: step, cause (proposal, posterior, analysis, rewrite or undone), θ by name, the prior's centre
-# for the next update, the mh.Posterior where there is one, and the reward's code where θ may belong to another than before.
+# for the next update, the mh.Posterior where there is one, and the reward's code (None: as it is).
 Change = namedtuple("Change", "step cause theta prior posterior source", defaults=(None, None))
 
 
@@ -118,7 +118,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
     # R_θ ← the LLM proposes a reward
     if method != "sparse":
         tried = random_features(eval_env)
-        first = run.reward(task) or propose_reward(llm, task, dict(zip(task.features, tried.T)), proposal)
+        first = run.reward(task) or propose_reward(llm, task, tried, proposal)
         r_theta = RTheta(first, tried)
         history.changes.append(Change(0, "proposal", r_theta.theta, r_theta.theta, source=first.source))
         run.proposed(r_theta.reward, history.changes[-1])
@@ -393,15 +393,18 @@ def unblock(llm, task, reward, history, wrong, stalled, change, step) -> Change 
 
 
 def write_anew(llm, task, reward, history, ranking, wrong, step) -> Change | None:
-    """R_θ as the LLM rewrites it; None where it fails."""
-    T, pairs = history.D[-1]
+    """R_θ as the LLM writes it anew; None where it fails or comes back to a reward that the run has had."""
+    (T, pairs), changes = history.D[-1], history.changes
     try:
-        better = rewrite_reward(llm, task, reward, T, ranking, wrong.sum() / max(1, len(pairs)), history.changes[-1].theta,
-                                history.evaluations)
+        better = rewrite_reward(llm, task, reward, T, ranking, wrong.sum() / max(1, len(pairs)), changes, history.evaluations)
     except LLMError as error:
         print(f"\n  No new reward: {error}", flush=True)
         return None
     print_reward("The LLM writes the reward anew", better)
+    had = {Reward(earlier.source, reward.offered).source_with(earlier.theta) for earlier in changes if earlier.source}
+    if better.source_with(better.params) in had:
+        print("  The run has had that one: it changes nothing.\n", flush=True)
+        return None
     return Change(step, "rewrite", better.params, better.params, source=better.source)
 
 

@@ -42,8 +42,7 @@ SPEED = 120                # environment steps per second on one core, until a r
 OFFLINE = ("--llm", "offline")         # the scripted stand-in, whatever keys there are
 RESULTS = Path("results")
 REPLIES = Path(__file__).parent / "tests" / "replies"
-# θ as the paper reports it, first and last.
-REPORTED = {"contact_threshold": (1.0, 0.127), "push_weight": (2.0, 21.05)}
+REPORTED = {"contact_threshold": 0.127, "push_weight": 21.05}          # θ after the paper's last update
 
 # One run: its flags beside --task and --seed, and names in selfalign.py that stand for something else in it.
 Job = namedtuple("Job", "study task variant seed flags names", defaults=((), {}))
@@ -292,7 +291,7 @@ def theta_table(runs):
         for measure in dict.fromkeys(measure for run in seeds.values() for measure in run if measure.startswith("θ ")):
             course = [run[measure] for run in seeds.values()]
             first, last = (np.array([values[i][1] for values in course]) for i in (0, -1))
-            changed = (first != last).sum()
+            changed = sum(len({value for _, value in values}) > 1 for values in course)
             if changed >= len(seeds) / 2:
                 yield (f"| {task} | {variant} | {measure[2:]} | {np.median(first):.3g} | {np.median(last):.3g} ({last.min():.3g} to "
                        f"{last.max():.3g}) | {changed} of {len(seeds)} |")
@@ -359,7 +358,7 @@ def theta_figure(runs, path):
             low, high = (dict(run.get(f"{bound} θ {name}", [])) for bound in ("low", "high"))
             for step in low:                           # side by side
                 axis.plot([step + 150 * colour] * 2, [low[step], high[step]], color=f"C{colour}", alpha=0.5, linewidth=2)
-        axis.axhline(REPORTED[name][1], color="black", linestyle=":", linewidth=1)
+        axis.axhline(REPORTED[name], color="black", linestyle=":", linewidth=1)
         axis.set_yscale("log")
         axis.set_title(f"{task}, {variant}: {name}", fontsize=10)
         axis.set_xlabel("environment steps")
@@ -374,8 +373,8 @@ def film(folders, path, pictures=6):
     from PIL import Image
 
     rows = []
-    for folder in folders:
-        env, agent = load_policy(folder, selfalign.AGENT)
+    for run in folders:
+        env, agent = load_policy(run, selfalign.AGENT)
         obs, _ = env.reset(seed=0)
         frames, over = [env.render()], False
         while not over:

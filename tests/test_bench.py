@@ -6,6 +6,7 @@ import pytest
 
 import bench
 
+THETA = [("update of θ, 6 parameters, 1 rankings", "period", 2.0, 50.0), ("update of θ, 6 parameters, 1 rankings", "period", 4.0, 40.0)]
 ROWS = [("control steps/s, touch", "panda-gym", 1500.0, 1000.0), ("control steps/s, touch", "panda-gym", 1800.0, 1000.0),
         ("control steps/s, touch", "panda-gym", 1600.0, 800.0), ("s to 100 %, touch", "SAC", 30.0, 120.0),
         ("s to 100 %, touch", "TD3", 30.0, float("inf"))]
@@ -20,6 +21,13 @@ def test_the_table_has_medians_ranges_and_what_is_faster(tmp_path):
         "| control steps/s, touch | 1600 (1500 to 1800) | panda-gym | 1000 (800 to 1000) | 1.60 |",
         "| s to 100 %, touch | 30 | SAC | 120 | 4.00 |",                        # seconds: the fewer the faster
         "| s to 100 %, touch | 30 | TD3 | not reached | – |"]
+
+
+def test_updates_of_theta_have_a_table_of_their_own():
+    of_theta = ["| | s | s of its period of training | share |", "| --- | --- | --- | --- |",
+                "| update of θ, 6 parameters, 1 rankings | 3 (2 to 4) | 45 (40 to 50) | 7.0% |"]
+    assert list(bench.table(THETA)) == of_theta
+    assert list(bench.table([*ROWS, *THETA])) == [*bench.table(ROWS), "", *of_theta]
 
 
 @pytest.mark.parametrize("flags, reason", [([], "name what to measure"), (["speed"], "name what to measure"),

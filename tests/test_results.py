@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import bench
+import study
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,6 +61,12 @@ def asked_row(task):
     return f"| {task} | {' | '.join(map(cell, steps))} |"
 
 
+def rewritten_row(name, task, proposal):
+    both = [[cell(steps_to_success(proposal, task, reward, seed)) for seed in (1, 2, 3)] for reward in ("selfalign", "rewrite")]
+    return f"| {name} | {' '.join(both[0])} | {' '.join(both[1])} |"
+
+
+STUDIES = "methods", "weak"
 REAL = sorted({(task, proposal) for proposal, task, *_ in RUNS if proposal.isdigit()})
 
 
@@ -71,6 +78,12 @@ def test_steps_with_the_stand_in_and_with_a_language_model(task):
 @pytest.mark.parametrize("task, proposal", REAL)
 def test_steps_with_proposals_of_a_language_model(task, proposal):
     assert real_row(task, proposal) in README
+
+
+def test_steps_where_a_language_model_writes_the_reward_anew():
+    for row in ("touch, the stand-in's", "touch", "stand-in"), ("grasp 6", "grasp", "6"):
+        assert rewritten_row(*row) in README
+        assert CHANGED >= {(*row[:0:-1], "rewrite", seed) for seed in (1, 2, 3)}
 
 
 def test_the_bench():
@@ -134,6 +147,19 @@ def test_touch_without_its_term_for_speed():
     assert f"a median of {statistics.median(steps):,.0f} steps on these ten" in README
     near = [[step for step, success in run if success >= 0.95] for run in runs.values()]
     assert max(steps[-1] - steps[0] for steps in near) >= 10_000 and "near there for 10,000 steps" in README
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_tables_of_studies(name):
+    runs = study.read(ROOT / "results" / f"study-{name}.csv")
+    for line in [*study.table(runs), *study.theta_table(runs)]:
+        assert line in README
+
+
+def test_whatever_the_readme_shows_or_names_is_there():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
+    assert {path.stem for path in (ROOT / "results").glob("study-*.csv")} == {f"study-{name}" for name in STUDIES}
 
 
 def test_the_table_of_speeds():

@@ -123,8 +123,8 @@ def offline_reward(task):
 
 
 def tried(task):
-    """Features of random actions by name."""
-    return dict(zip(TASKS[task].features, selfalign.random_features(PandaEnv(task)).T))
+    """Features of random actions, (N, F)."""
+    return selfalign.random_features(PandaEnv(task))
 
 
 def touches(count, force=0.1, first=0):
@@ -160,8 +160,8 @@ def update(monkeypatch):
                 raise analysis
             return analysis
 
-        def rewrite_reward(llm, task, reward, T, ranking, wrong, theta, evaluations):
-            called.append(("rewrite", ranking, wrong, theta, evaluations))
+        def rewrite_reward(llm, task, reward, T, ranking, wrong, changes, evaluations):
+            called.append(("rewrite", ranking, wrong, changes, evaluations))
             if isinstance(rewritten, Exception):
                 raise rewritten
             return rewritten
@@ -285,7 +285,9 @@ def test_where_the_reward_is_rewritten_nobody_samples_or_analyses(update):
     change, called = update(LONGEST_FIRST, rewritten=better, successes=[0.2, 0.1])
     assert (change.step, change.cause, change.theta, change.source) == (10_000, "rewrite", {"scale": 0.5}, better.source)
     # By a threshold of 1 N all attempts are alike: each pair counts half.
-    assert called == [("rewrite", LONGEST_FIRST, 0.5, offline_reward("touch").params, [(0, 0.2), (1000, 0.1)])]
+    (name, ranking, wrong, changes, evaluations), = called
+    assert (name, ranking, wrong, evaluations) == ("rewrite", LONGEST_FIRST, 0.5, [(0, 0.2), (1000, 0.1)])
+    assert [change.theta for change in changes] == [offline_reward("touch").params]
     assert update(LONGEST_FIRST, rewritten=selfalign.LLMError("it is down"))[0] is None
     # Where the rankings agree: asked only if the robot gets no better, or never succeeds.
     improving = np.array([0.6, 0.5, 0.4, 0.3, 0.1, 0.0])
@@ -294,11 +296,20 @@ def test_where_the_reward_is_rewritten_nobody_samples_or_analyses(update):
         assert len(called) == asked and (change is not None) == asked
 
 
+def test_a_reward_that_the_run_has_had_is_no_new_one(update):
+    first = offline_reward("touch")
+    again = Reward(first.source.replace("contact_weight=2.0", "contact_weight=2"), TASKS["touch"].features)
+    changes = [selfalign.Change(0, "proposal", first.params, first.params, source=first.source)]
+    assert again.source != first.source and update(LONGEST_FIRST, rewritten=again, changes=changes)[0] is None
+    other = Reward(first.source.replace("contact_weight=2.0", "contact_weight=3.0"), TASKS["touch"].features)
+    assert update(LONGEST_FIRST, rewritten=other, changes=changes)[0].theta["contact_weight"] == 3.0
+
+
 def test_an_undone_rewriting_brings_the_code_before_it_back(update):
     first = agreeing()[0]._replace(source="the code")
-    changes = [first, selfalign.Change(10_000, "rewrite", {"scale": 0.5}, {"scale": 0.5}, source="other code")]
+    other = {**first.theta, "contact_weight": 9.0}
+    changes = [first, selfalign.Change(10_000, "rewrite", other, other, source="other code")]
     earlier_best, better = np.array([0.0, 0.1, 0.24, 1.0, 1.1, 1.99]), offline_reward("push")
-    changes[1] = changes[1]._replace(theta=first.theta)                # so that the reward of this test can be asked
     change, called = update(LONGEST_FIRST, age=earlier_best, changes=changes, step=20_000, rewritten=better)
     assert (change.cause, change.theta, change.source) == ("undone", first.theta, "the code") and not called
 
@@ -329,15 +340,21 @@ def test_who_rewrites_a_reward_sees_its_code_and_attempts_in_the_order_of_the_ra
         asked.append(messages[-1]["content"])
         return Reply(next(answers))
     ranking = [[29 - i] for i in range(28)] + [[0, 1]]
+    theta = {"w": 0.5, "v": 0.25}
+    changes = [selfalign.Change(0, "proposal", theta, theta, source=reward.source),
+               selfalign.Change(10_000, "rewrite", {}, {}, source="def worse(x): ..."),
+               selfalign.Change(20_000, "undone", theta, theta, source=reward.source)]
     better = questions.rewrite_reward(LLM(backend, lambda exchange: None), TASKS["touch"], reward, taus, ranking, 0.375,
-                                      {"w": 0.5, "v": 0.25}, [(2000, 0.0), (3000, 0.35)])
+                                      changes, [(2000, 0.0), (3000, 0.35)])
     assert better.params == {"u": 3.0} and "finite" in asked[1]
-    for words in ("w=0.5, v=0.25", "2,000: 0%, 3,000: 35%", "ranked 30 of", "orders 38% wrongly", "are 12 of them", "discount of 0.97",
-                  TASKS["touch"].goal, "reward per step 0.145 = 0.29 (touch) + -0.145 (none)", questions.rules()):
+    for words in ("w=0.5, v=0.25", "2,000: 0%, 3,000: 35%", "30 of the robot's attempts were ranked", "orders 38% wrongly",
+                  "worse with it:\n\n```python\ndef worse(x): ...\n```\n\nSuccess", "are 12 of them", "discount of 0.97",
+                  TASKS["touch"].goal, "reward per step 0.145 = 0.29 (touch) + -0.145 (none)", questions.rules(tuned=False)):
         assert words in asked[0], words
     assert "$" not in asked[0]
     paid = [float(value) for value in re.findall(r"reward per step ([\d.e-]+) =", asked[0])]
     assert len(paid) == questions.ANALYSED and paid == sorted(paid, reverse=True) and paid[0] == pytest.approx(0.145)
+    assert "estimated from few data" in questions.rules() and "estimated" not in asked[0]
 
 
 def test_a_sampler_that_fails_costs_neither_the_ranking_nor_the_analysis(update, monkeypatch):
@@ -626,7 +643,7 @@ def test_the_critic_sees_rewards_of_which_random_behaviour_earns_none(small, mon
     proposal = "```python\ndef reward(hand_to_block, w=1.0):\n    return {'near': 100 - w * hand_to_block}\n```"
     monkeypatch.setattr(StandIn, "__call__", lambda self, messages: Reply(proposal))
     small("--reward", "fixed", steps=100)
-    usual = (100 - tried("touch")["hand_to_block"]).mean()
+    usual = (100 - tried("touch")[:, list(TASKS["touch"].features).index("hand_to_block")]).mean()
     for _, _, reward, _, _, features in seen:
         assert reward == pytest.approx(100 - features[0] - usual)
     seen.clear()
