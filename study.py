@@ -303,6 +303,15 @@ def interquartile_mean(x):
     return np.sort(x, axis=0)[cut:len(x) - cut].mean(axis=0)
 
 
+LINES = "-", "-", (0, (2, 1))
+
+
+def in_thousands(axis):
+    axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
+    axis.set_xlabel("environment steps")
+    axis.grid(alpha=0.3)
+
+
 def figure(runs, path):
     """Success over steps: every seed, the interquartile mean and its 95 % interval by bootstrap over the seeds.
 
@@ -326,12 +335,12 @@ def figure(runs, path):
             low, high = np.quantile(draws, [0.025, 0.975], axis=0)
             axis.plot(steps, curves.T, color=f"C{colour}", alpha=0.2, linewidth=0.6)
             axis.fill_between(steps, low, high, color=f"C{colour}", alpha=0.2, linewidth=0)
-            axis.plot(steps, interquartile_mean(curves), color=f"C{colour}", linewidth=2, label=variant)
+            # Where two methods are the same run, both are to be seen.
+            axis.plot(steps, interquartile_mean(curves), color=f"C{colour}", linewidth=2, linestyle=LINES[colour % 3], label=variant)
         axis.set_title(task, fontsize=10)
         axis.set_ylim(-0.03, 1.03)
-        axis.set_xlabel("environment steps")
-        axis.set_xticks(range(0, STEPS + 1, 10_000), [f"{step // 1000}k" for step in range(0, STEPS + 1, 10_000)])
-        axis.grid(alpha=0.3)
+        axis.set_xticks(range(0, STEPS + 1, 10_000))
+        in_thousands(axis)
     axes[0, 0].set_ylabel("success of 20 episodes")
     axes[0, -1].legend(fontsize=8, loc="lower right")
     drawing.tight_layout()
@@ -361,8 +370,7 @@ def theta_figure(runs, path):
         axis.axhline(REPORTED[name], color="black", linestyle=":", linewidth=1)
         axis.set_yscale("log")
         axis.set_title(f"{task}, {variant}: {name}", fontsize=10)
-        axis.set_xlabel("environment steps")
-        axis.grid(alpha=0.3)
+        in_thousands(axis)
     axes[0, 0].set_ylabel("θ; dotted: the paper's")
     drawing.tight_layout()
     drawing.savefig(path, dpi=120)
