@@ -86,6 +86,15 @@ def test_steps_where_a_language_model_writes_the_reward_anew():
         assert CHANGED >= {(*row[:0:-1], "rewrite", seed) for seed in (1, 2, 3)}
 
 
+def test_push_from_pixels():
+    runs = {}
+    with open(ROOT / "results" / "pixels.csv") as file:
+        for row in csv.DictReader(file):
+            runs.setdefault((row["batch"], row["precision"]), []).append((int(row["step"]), float(row["success"])))
+    assert study.steps_to_success(runs["64", "bfloat16"]) == 18_000 and "at 18,000 steps and again at 19,000" in README
+    assert runs["32", "float32"][-3:] == [(15_000, 1.0), (16_000, 0.95), (17_000, 0.7)] and "100 % at 15,000 steps, 95 and 70 %" in README
+
+
 def test_the_bench():
     with open(ROOT / "results" / "bench.csv") as file:
         rows = list(csv.DictReader(file))
