@@ -303,9 +303,6 @@ def interquartile_mean(x):
     return np.sort(x, axis=0)[cut:len(x) - cut].mean(axis=0)
 
 
-LINES = "-", "-", (0, (2, 1))
-
-
 def in_thousands(axis):
     axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
     axis.set_xlabel("environment steps")
@@ -319,13 +316,17 @@ def figure(runs, path):
     """
     import matplotlib.pyplot as plt
 
-    tasks, variants = (list(dict.fromkeys(key[i] for key in runs)) for i in (0, 1))
-    drawing, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.2 * len(tasks), 2.8), sharey=True, squeeze=False)
+    panels = {}                                        # of a variant "form, method", form has a panel of its own
+    for (task, variant), seeds in runs.items():
+        *form, method = variant.split(", ")
+        panels.setdefault(", ".join([task, *form]), {})[method] = seeds
+    methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
+    drawing, axes = plt.subplots(1, len(panels), figsize=(1 + 3.2 * len(panels), 2.8), sharey=True, squeeze=False)
     steps, rng = np.arange(2_000, STEPS + 1, 1_000), np.random.default_rng(0)
-    for axis, task in zip(axes[0], tasks):
-        for colour, variant in enumerate(variants):
-            seeds, curves = runs.get((task, variant), {}), []
-            for run in seeds.values():
+    for axis, (title, panel) in zip(axes[0], panels.items()):
+        for colour, method in enumerate(methods):
+            curves = []
+            for run in panel.get(method, {}).values():
                 success = dict(run["success"])         # ends with the second 100 %, which is what then counts as kept
                 curves.append([success.get(step, success[max(success)] if step > max(success) else 0.0) for step in steps])
             if not curves:
@@ -335,9 +336,9 @@ def figure(runs, path):
             low, high = np.quantile(draws, [0.025, 0.975], axis=0)
             axis.plot(steps, curves.T, color=f"C{colour}", alpha=0.2, linewidth=0.6)
             axis.fill_between(steps, low, high, color=f"C{colour}", alpha=0.2, linewidth=0)
-            # Where two methods are the same run, both are to be seen.
-            axis.plot(steps, interquartile_mean(curves), color=f"C{colour}", linewidth=2, linestyle=LINES[colour % 3], label=variant)
-        axis.set_title(task, fontsize=10)
+            line = (0, (2, 1)) if 0 < colour == len(methods) - 1 else "-"              # what lies under the last one is seen
+            axis.plot(steps, interquartile_mean(curves), color=f"C{colour}", linewidth=2, linestyle=line, label=method)
+        axis.set_title(title, fontsize=10)
         axis.set_ylim(-0.03, 1.03)
         axis.set_xticks(range(0, STEPS + 1, 10_000))
         in_thousands(axis)
