@@ -33,8 +33,8 @@ def parse_args(description: str) -> argparse.Namespace:
                         help="selfalign: the whole algorithm (default); rewrite: the LLM writes the reward anew "
                         "where selfalign would change θ; fixed: the LLM's first reward; sparse: 1 on success")
     parser.add_argument("--obs", choices=OBSERVATIONS, help="default: state")
-    parser.add_argument("--precision", choices=PRECISIONS, help="with --obs pixels: of the convolutions (default: float32); bfloat16 takes "
-                        "half the time where the processor has it")
+    parser.add_argument("--precision", choices=PRECISIONS, help="with --obs pixels: of the convolutions (default: float32); bfloat16 is "
+                        "faster where the processor has it")
     parser.add_argument("--seed", type=int, help="default: 1")
     parser.add_argument("--steps", type=int, help="environment steps at most (default: 60000)")
     parser.add_argument("--device", help="torch device, such as cpu (default) or cuda")
