@@ -165,6 +165,31 @@ def test_tables_of_studies(name):
         assert line in README
 
 
+def test_what_is_said_of_the_studies_in_words():
+    text = " ".join(README.split())
+    methods, weak, noise = (study.read(ROOT / "results" / f"study-{name}.csv") for name in ("methods", "weak", "noise"))
+
+    def last(seeds, name):
+        return [run[f"θ {name}"][-1][1] for run in seeds.values()]
+    thresholds = last(methods["touch", "selfalign"], "contact_threshold")
+    assert (f"from 1 N to {statistics.median(thresholds):.3f} N (median; {min(thresholds):.2f} to {max(thresholds):.2f} N over the seeds)"
+            in text)
+    for share in "10%", "20%":
+        assert f"{statistics.median(last(noise['touch', f'{share} flipped'], 'contact_threshold')):.2f} N" == "0.12 N"
+    assert "still comes out at 0.12 N" in text
+    pushing, reaching = (statistics.median(last(weak["push", "exponential, selfalign"], name)) for name in ("push_weight", "reach_weight"))
+    assert f"weighs {pushing / reaching:.1f} times as much as reaching ({pushing:.3g} against {reaching:.3g}, the medians)" in text
+    judged = [run[f"success of {study.JUDGED}"][0][1] for seeds in weak.values() for run in seeds.values()
+              if study.steps_to_success(run["success"]) < float("inf")]
+    assert f"had stopped succeed in {100 * min(judged):.0f} to {100 * max(judged):.0f} %" in text
+    grasp = methods["grasp", "fixed"], methods["grasp", "selfalign"]
+    later = [study.steps_to_success(aligned["success"]) - study.steps_to_success(fixed["success"])
+             for fixed, aligned in zip(*(both.values() for both in grasp))]
+    changed = [any(len({value for _, value in run[name]}) > 1 for name in run if name.startswith("θ ")) for run in grasp[1].values()]
+    assert sum(changed) == 1 and "one of five runs changed θ" in text
+    assert [steps for steps, new in zip(later, changed) if new] == [4000] and "4,000 steps more" in text and sum(later) == 4000
+
+
 def test_whatever_the_readme_shows_or_names_is_there():
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), path
