@@ -215,7 +215,7 @@ def learning(args):
         def __init__(self, task):
             self.env = PandaEnv(task)
             reward = Reward(read_code(proposal(task).read_text(encoding="utf-8")), TASKS[task].features)
-            self.r_theta = RTheta(reward, selfalign.random_features(self.env))
+            self.r_theta = RTheta(reward, selfalign.random_features(self.env, TASKS[task]))
             self.observation_space = gymnasium.spaces.Box(*self.env.observation_space)
             self.action_space = gymnasium.spaces.Box(*self.env.action_space)
 

@@ -15,7 +15,7 @@ import torch
 
 from drqv2 import DrQV2
 from envs import TASKS, PandaEnv
-from llm import LLM, Answered, LLMError, Replay, choose_backend
+from llm import LLM, Answered, LLMError, Replay, ReplayError, choose_backend
 from run import Run
 
 REWARDS, OBSERVATIONS = ("selfalign", "rewrite", "fixed", "sparse"), ("state", "pixels")
@@ -31,7 +31,7 @@ def parse_args(description: str) -> argparse.Namespace:
     parser.add_argument("--task", choices=list(TASKS), help="default: touch")
     parser.add_argument("--reward", choices=REWARDS,
                         help="selfalign: the whole algorithm (default); rewrite: the LLM writes the reward anew "
-                        "where selfalign would change θ; fixed: the LLM's first reward; sparse: 1 on success")
+                        "where its ranking disagrees or the robot gets no better; fixed: the LLM's first reward; sparse: 1 on success")
     parser.add_argument("--obs", choices=OBSERVATIONS, help="default: state")
     parser.add_argument("--precision", choices=PRECISIONS, help="with --obs pixels: of the convolutions (default: float32); bfloat16 is "
                         "faster where the processor has it")
@@ -161,13 +161,14 @@ def ending(run: Run, llm: LLM):
     failure = None
     try:
         yield
-    except LLMError as error:
+    except (LLMError, ReplayError) as error:
         failure = f"{error}" + (f"\nEvery exchange is in {run.folder}/llm.jsonl." if llm.exchanges else "")
     except FloatingPointError as error:
         failure = f"{error}. The last checkpoint, from before, is kept. A reward of smaller numbers is the cure: --proposal FILE."
     except KeyboardInterrupt:
         print(f"\nStopped. Go on:  python selfalign.py --resume {run.folder}")
-    folder = run.close()
+    finally:                                             # of an error that nobody foresaw as well
+        folder = run.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if failure:
@@ -207,7 +208,8 @@ def load_policy(folder: str | Path, agent_settings: dict) -> tuple[PandaEnv, DrQ
         if task not in TASKS or obs not in agent_settings:
             raise ValueError(f"there is no task {task!r} with observations {obs!r}")
         env = PandaEnv(task, obs, render_mode="rgb_array")
-        agent = DrQV2(env.observation_space.shape, env.action_space.shape, **agent_settings[obs])
+        agent = DrQV2(env.observation_space.shape, env.action_space.shape,
+                      precision=getattr(torch, settings.get("precision", "float32")), **agent_settings[obs])
         for name in agent.ACTS:
             getattr(agent, name).load_state_dict(state[name])
         if not all(torch.isfinite(p).all() for name in agent.ACTS for p in getattr(agent, name).parameters()):

@@ -64,7 +64,8 @@ class Task:
     of `limits` held at any step of the episode, before or after. This one meaning serves the success test, the prompts and
     the descriptions of trajectories.
 
-    start and opens concern PandaEnv alone. Everything else is what `selfalign.train` asks about any environment.
+    start and opens concern PandaEnv alone. Everything else is what `selfalign.train` asks about any environment. Raises ValueError
+    where the parts contradict each other.
     """
 
     name: str
@@ -81,6 +82,15 @@ class Task:
     discount: float = 0.97                   # of the return that the agent maximises
     start: Callable | None = None            # maps a generator's `uniform` to where "hand", "block" and, if any, "goal" begin, m
     opens: bool = False                      # the gripper starts open and follows the action; else it stays closed
+
+    def __post_init__(self):
+        for name, sign, _ in (*self.stages, *self.success, *self.limits):
+            if name not in self.features or sign not in COMPARE:
+                raise ValueError(f"task {self.name}: a condition reads {name!r} {sign!r}; it takes one of its features "
+                                 f"({', '.join(self.features)}) and one of {', '.join(COMPARE)}")
+        if self.steps > 1 and f"{self.steps} consecutive" not in self.goal:
+            raise ValueError(f"task {self.name}: success takes {self.steps} steps running, and its goal does not say \"{self.steps} "
+                             "consecutive\": the LLM and its stand-in know that from the goal alone")
 
 
 FEATURES = {      # what PandaEnv measures; low and high: between them readings mostly lie
@@ -178,7 +188,7 @@ class PandaEnv:
     `step` returns as reward the sparse 1.0 at each step by which success has held for `task.steps` steps and no limit has
     been broken yet, else 0.0: it depends on counters that the observation does not show. `info` holds `success` (bool: the
     task has been fulfilled by now) and `features` (dict of floats, SI units, the names in `task.features`). Episodes last
-    EPISODE_STEPS and end `truncated`; nothing ever terminates.
+    `task.horizon` steps and end `truncated`; nothing ever terminates.
 
     render_mode: None, "rgb_array" (`render()` returns an (480, 480, 3) uint8 frame) or "human" (a window, in
     real time).
@@ -192,12 +202,14 @@ class PandaEnv:
         if render_mode not in (None, "rgb_array", "human"):
             raise ValueError(f"unknown render_mode {render_mode!r}: choose None, 'rgb_array' or 'human'")
         self.task = task if isinstance(task, Task) else TASKS[task]
+        if self.task.dt != DT:
+            raise ValueError(f"task {self.task.name}: a step of PandaEnv lasts {DT} s, not {self.task.dt} s")
         self.obs, self.render_mode = obs, render_mode
         self.action_space = Space(-1.0, 1.0, (4,), np.float32)
         self.observation_space = (Space(-10.0, 10.0, (24,), np.float32) if obs == "state" else
                                   Space(0, 255, (9, 84, 84), np.uint8))
         self.np_random = np.random.default_rng()
-        self.t = EPISODE_STEPS          # step() before reset() is an error
+        self.t = self.task.horizon      # step() before reset() is an error
         self._sim = BulletClient(pybullet.GUI if render_mode == "human" else pybullet.DIRECT)
         if not self._sim.isConnected():
             raise RuntimeError("PyBullet could not open a window: is there a display? Use render_mode='rgb_array'")
@@ -214,11 +226,12 @@ class PandaEnv:
             self._sim.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
             self._sim.resetDebugVisualizerCamera(0.8, 60, -25, (0.5, 0.0, 0.05))
         self._sim.loadURDF(os.path.join(data, "plane.urdf"))
-        # The collision meshes are the same shapes in a hundredth of the triangles: shown instead of the visual meshes, where
-        # nobody looks, they make a frame of the software renderer several times faster and loading ten times.
+        # The collision meshes are the same shapes in a hundredth of the triangles: shown instead of the visual meshes, they make
+        # a frame of the software renderer several times faster and loading ten times. People see the visual ones, but for
+        # policies from pixels, which see what they have learnt from.
         with open(os.path.join(data, "franka_panda", "panda.urdf")) as file:
             urdf = file.read()
-        if self.render_mode is None:
+        if self.render_mode is None or self.obs == "pixels":
             urdf = urdf.replace("meshes/visual/", "meshes/collision/")
         urdf = urdf.replace("package://", os.path.join(data, "franka_panda") + "/")
         with tempfile.TemporaryDirectory() as folder:
@@ -291,7 +304,7 @@ class PandaEnv:
         action = np.asarray(action, dtype=float)
         if action.shape != (4,) or not np.isfinite(action).all():
             raise ValueError(f"an action is 4 finite numbers, got {action!r}")
-        if self.t >= EPISODE_STEPS:
+        if self.t >= self.task.horizon:
             raise RuntimeError("the episode is over: call reset() first")
         started = time.perf_counter()
         action = np.clip(action, -1.0, 1.0)
@@ -325,7 +338,7 @@ class PandaEnv:
         if self.render_mode == "human":
             time.sleep(max(0.0, DT - (time.perf_counter() - started)))
         info = {"success": success, "features": features}
-        return self._observation(), float(holds), False, self.t >= EPISODE_STEPS, info
+        return self._observation(), float(holds), False, self.t >= self.task.horizon, info
 
     def render(self) -> np.ndarray | None:
         """An RGB frame, uint8 of shape (480, 480, 3), in mode "rgb_array"; None otherwise (the window shows it)."""

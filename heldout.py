@@ -1,9 +1,9 @@
 """Is a new θ better on trajectories that it has not seen? An update of θ judged in seconds, without training.
 
-    python heldout.py runs/push-selfalign-1                                  # the stand-in's proposal
-    python heldout.py runs/push-selfalign-1 my_reward.md reward.py --wrong   # others, and each number wrong tenfold
+    python heldout.py runs/touch-selfalign-1                                  # the stand-in's proposal
+    python heldout.py runs/touch-selfalign-1 my_reward.md reward.py --wrong   # others, and each number wrong tenfold
 
-Takes the episodes of a run. The scripted stand-in ranks K of the first period, θ is updated as in the loop, and R_θ then
+Takes the episodes of a run of 10,000 steps or more. The scripted stand-in ranks K of the first period, θ is updated as in the loop, and R_θ then
 orders *other* episodes by pairs: `held` are the rest of that period's second half, `late` what came after it. Printed is
 the share of pairs that R_θ orders as the stand-in's progress score does, before and after the update. A pair counts
 where scores differ by more than the stand-in's tolerance; one that R_θ leaves equal counts half.
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import standin
-from envs import EPISODE_STEPS, TASKS
+from envs import TASKS
 from llm import LLM, prompt, read_code
 from questions import describe, rank_attempts
 from reward import Reward, RewardError, RTheta
@@ -43,7 +43,7 @@ def accuracy(reward, theta, episodes, scores):
 
 def judge(task, reward, theta, episodes, scores, seed=0):
     """One update of θ after the first period: a dict of accuracies, whether it is taken, and the sampler's diagnostics."""
-    period, rng = UPDATE_EVERY // EPISODE_STEPS, np.random.default_rng(seed)
+    period, rng = UPDATE_EVERY // task.horizon, np.random.default_rng(seed)
     r_theta = RTheta(reward, episodes[0])
     r_theta.theta = theta
     T, age, chosen = choose_trajectories(episodes[:period], r_theta, task.horizon, rng)
@@ -77,8 +77,9 @@ def main():
             episodes = [archive[f"arr_{i}"].astype(float) for i in range(len(archive.files))]
     except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         sys.exit(f"{args.run} holds no finished run: {error}")
-    if len(episodes) < UPDATE_EVERY // EPISODE_STEPS:
-        sys.exit(f"{args.run} has {len(episodes)} episodes; one update of θ needs {UPDATE_EVERY // EPISODE_STEPS}")
+    if len(episodes) < UPDATE_EVERY // task.horizon:
+        sys.exit(f"{args.run} has {len(episodes)} episodes, and one update of θ takes {UPDATE_EVERY // task.horizon}: name a run of "
+                 f"{UPDATE_EVERY:,} steps or more, such as one of touch")
     scores = scores_of(task, episodes)
     header = [f"{kind}_{when}" for kind in ("T", "held", "late") for when in ("before", "after")] + ["taken", "rhat", "ess"]
     print(",".join(["run", "proposal", "parameter", "factor", *header]))

@@ -47,11 +47,18 @@ PASSING = (                       # what may pass
     ("ProtocolError|Chunk|IncompleteRead|ConnectionReset|broken|aborted", "the connection broke off in mid-reply"),
     ("ConnectionError|SSLError|NewConnection|MaxRetry", "no connection (is the server running?)"))
 
+REPLAYS = ("A transcript repeats its run with the settings, the machine and the libraries of that run; elsewhere numbers differ in "
+           "their last digits, and soon in the words of a question")
+
 Reply = namedtuple("Reply", "text prompt_tokens completion_tokens", defaults=(0, 0))
 
 
 class LLMError(RuntimeError):
     """The LLM cannot be reached or gave nothing usable; the message names the cause and the cure."""
+
+
+class ReplayError(RuntimeError):
+    """A replayed run asks what its transcript does not answer: it is another run by now, and ends."""
 
 
 class UnusableReply(ValueError):
@@ -304,7 +311,10 @@ class Manual:
 
 
 class Replay:
-    """Answers from the transcript of an earlier run, as long as the same questions are asked in the same order."""
+    """Answers from the transcript of an earlier run, as long as the same questions are asked in the same order.
+
+    Raises ReplayError once they are others, LLMError where the transcript has one.
+    """
 
     def __init__(self, path: str | Path):
         self.records, self.path, self.position = [], path, 0
@@ -325,13 +335,13 @@ class Replay:
     def __call__(self, messages: list[dict]) -> Reply:
         asked = messages[-1]["content"]
         if self.position >= len(self.records):
-            raise LLMError(f"the replay no longer follows {self.path}: that ends after {self.position} exchanges")
+            raise ReplayError(f"the replay no longer follows {self.path}: that ends after {self.position} exchanges. {REPLAYS}")
         record, self.position = self.records[self.position], self.position + 1
         if asked != record["prompt"]:
             pairs = zip((asked + "\n").splitlines(), (record["prompt"] + "\n").splitlines())
             now, then = next((pair for pair in pairs if pair[0] != pair[1]), ("(another length)", "(another length)"))
-            raise LLMError(f"the replay no longer follows {self.path} in exchange {self.position}: the question reads "
-                           f"{now.strip()[:80]!r}, in the transcript {then.strip()[:80]!r}")
+            raise ReplayError(f"the replay no longer follows {self.path} in exchange {self.position}: the question reads "
+                              f"{now.strip()[:80]!r}, in the transcript {then.strip()[:80]!r}. {REPLAYS}")
         if isinstance(record.get("reply"), str):
             return _reply(record)
         if isinstance(record.get("unusable"), str):

@@ -59,7 +59,7 @@ def analyse_failure(llm: LLM, task, reward: Reward, trajectories: list[np.ndarra
     """
     theta, R = changes[-1].theta, reward.returns(trajectories)
     question = prompt("analyse", **task_words(task), **reward_words(task, reward, theta, trajectories, np.argsort(-R(theta)), wrong, evaluations),
-                      fails="does not succeed and has stopped\ngetting better" if stalled else "has not succeeded once of late",
+                      fails="does not succeed reliably and has stopped\ngetting better" if stalled else "has not succeeded once of late",
                       history="\n".join(f"- {change.step:,} steps, {change.cause}: "
                                         + ", ".join(f"{name}={value:.3g}" for name, value in change.theta.items())
                                         for change in changes))
@@ -83,7 +83,7 @@ def rewrite_reward(llm: LLM, task, reward: Reward, trajectories: list[np.ndarray
     taken_back = [then.source for then, after in zip(changes, changes[1:]) if after.cause == "undone"]
     question = prompt("rewrite", **task_words(task), rules=rules(tuned=False), count=len(trajectories),
                       **reward_words(task, reward, changes[-1].theta, trajectories, np.concatenate(ranking), wrong, evaluations),
-                      undone="".join("\nThis one came after it and was taken back, because the robot did worse with it:\n\n"
+                      undone="".join("\nThis one was tried before and taken back, because the robot did worse with it than with the one before it:\n\n"
                                      f"```python\n{source.strip()}\n```\n" for source in taken_back))
     return llm.ask("rewrite", question, lambda text: read_reward(text, task, np.concatenate(trajectories)))
 
@@ -157,6 +157,8 @@ def describe_attempt(label: int, series: dict[str, np.ndarray], task) -> str:
     def words(conditions):
         return " and ".join(f"{name} {sign} {value:g}" for name, sign, value in conditions)
 
+    kept = {">": "<=", ">=": "<", "<=": ">"}           # what a limit asks for, by the condition that breaks it
+
     breaks = {condition: np.flatnonzero(met(condition)) for condition in task.limits}
     first_break = min((int(steps[0]) for steps in breaks.values() if len(steps)), default=length)
     holds = np.logical_and.reduce([met(condition) for condition in task.success])
@@ -166,9 +168,9 @@ def describe_attempt(label: int, series: dict[str, np.ndarray], task) -> str:
     if done is not None:
         lines[0] += f" ({'done' if first_break == length else 'done but for the limits'} at {time_of(done)} s)"
     for (name, sign, value), steps in breaks.items():
-        lines.append(f"  limit {name} <= {value:g}: " + (
-            f"broken first at {time_of(steps[0])} s, in {len(steps)} steps, highest reading {series[name].max():.4g}"
-            if len(steps) else "kept"))
+        worst = f"lowest reading {series[name].min():.4g}" if sign == "<=" else f"highest reading {series[name].max():.4g}"
+        lines.append(f"  limit {name} {kept[sign]} {value:g}: " + (
+            f"broken first at {time_of(steps[0])} s, in {len(steps)} steps, {worst}" if len(steps) else "kept"))
     for conditions in [(condition,) for condition in task.stages] + [task.success]:
         held = np.logical_and.reduce([met(condition) for condition in conditions])
         run, end = longest_run(held)

@@ -350,7 +350,7 @@ def _body(function, arguments):
     # What `Reward.python` writes first: name = np.float64(name).
     body = function.body[:] = [statement for statement in function.body if not any(
         ast.unparse(statement) == f"{name} = np.float64({name})" for name in arguments)]
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
         body = body[1:]                                # a docstring
     for position, statement in enumerate(body):
         if isinstance(statement, ast.Return):

@@ -21,7 +21,8 @@ try:
 except ImportError:          # Windows, where nothing keeps two processes apart
     fcntl = None
 
-VERSION = 2      # of checkpoints
+VERSION = 3      # of checkpoints
+NEEDED = {"task": str, "reward": str, "obs": str, "seed": int, "steps": int}      # in settings, to go on with a run
 
 
 class Screen:
@@ -98,8 +99,9 @@ class Run:
     The content of small files is kept: what cannot be written (a full disk, a folder that is gone) is tried again as a whole
     with the next row, and goes to the temporary folder at the end.
 
-    settings: of a new run, whose folder must be new or empty; None goes on with the run in `folder`, whose checkpoint is in
-    `saved` then (None: it was cut short before its first). Exits with one line where the folder cannot be used.
+    settings: of a new run, whose folder must be new or empty, as plain values with the names in NEEDED; None goes on with the run
+    in `folder`, whose checkpoint is in `saved` then (None: it was cut short before its first). Exits with one line where the
+    folder cannot be used.
     """
 
     def __init__(self, folder: str | Path, settings: dict | None):
@@ -149,9 +151,8 @@ class Run:
         try:
             self.content["settings.json"] = (self.folder / "settings.json").read_bytes()
             self.settings = json.loads(self.content["settings.json"])
-            if not all(type(self.settings[name]) is kind for name, kind in
-                       (("task", str), ("reward", str), ("obs", str), ("seed", int), ("steps", int))):
-                raise ValueError("settings.json holds other kinds of values than a run's")
+            if not all(type(self.settings.get(name)) is kind for name, kind in NEEDED.items()):
+                raise ValueError(f"settings.json does not say all of {', '.join(NEEDED)}, each a text or a whole number")
             asked = (self.folder / "llm.jsonl").read_bytes() if (self.folder / "llm.jsonl").exists() else b""
             if (self.folder / "checkpoint.pt").exists():
                 # weights_only: numbers, texts and tensors, and no code.
@@ -203,6 +204,7 @@ class Run:
                     self.state.buffer.load(file, since, end, tuple(names))
         except Exception as error:                           # a damaged file makes numpy and torch raise almost anything
             reason = str(error).strip().splitlines() or [type(error).__name__]
+            self.state = None                                # half restored, and nothing to be kept
             sys.exit(f"the checkpoint in {self.folder} is damaged: {reason[0][:200]}; it cannot go on")
         for name in ("metrics.csv", "theta.csv"):
             self._write(name, self.content[name])
@@ -257,8 +259,8 @@ class Run:
         self.theta(reward, change)
 
     def theta(self, reward, change) -> None:
-        """A new θ: rows of theta.csv, with 90 % intervals and diagnostics where a posterior gave it, and the reward with θ
-        as its defaults, as a Python file that works anywhere numpy is."""
+        """A new θ: rows of theta.csv, with 90 % intervals and diagnostics where a posterior gave it or an analysis went on from
+        one, and the reward with θ as its defaults, as a Python file that works anywhere numpy is."""
         posterior = change.posterior
         rows = [[""] * len(change.theta)] * 4 if posterior is None else [*posterior.interval(0.9), posterior.rhat, posterior.ess]
         for name, value, *rest in zip(change.theta, change.theta.values(), *rows):
@@ -297,7 +299,7 @@ class Run:
         if self._held is not None:
             os.close(self._held)                             # another process may go on with the folder now
             self._held = None
-        if not self.failed:
+        if not self.failed & set(self.content):              # of a checkpoint the last one stays
             return self.folder
         try:
             rescue = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-"))
@@ -338,8 +340,10 @@ class Run:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         if path.name not in self.failed:
-            print(f"\n  Cannot write {path}: {error.strerror or error}. Training goes on, and it is tried again; what cannot be written by the "
-                  "end goes to the temporary folder.\n", file=sys.stderr, flush=True)
+            then = ("what cannot be written by the end goes to the temporary folder" if path.name in self.content else
+                    "until then the last one stays, from which --resume goes on")
+            print(f"\n  Cannot write {path}: {error.strerror or error}. Training goes on, and it is tried again; {then}.\n",
+                  file=sys.stderr, flush=True)
         self.failed.add(path.name)
 
 

@@ -61,17 +61,13 @@ class History:
         return [success for _, success in self.evaluations]
 
     def state_dict(self) -> dict:
-        """All of it as plain values and tensors, for a checkpoint."""
-        def plain(posterior):
-            return posterior and {name: torch.as_tensor(value) for name, value in vars(posterior).items()}
-        return {"changes": [[*change[:4], plain(change.posterior), change.source] for change in self.changes],
+        """All of it as plain values and tensors, for a checkpoint, but for the posteriors, which nothing asks for again."""
+        return {"changes": [list(change._replace(posterior=None)) for change in self.changes],
                 "D": [[[torch.as_tensor(tau) for tau in T], torch.as_tensor(pairs)] for T, pairs in self.D],
                 "evaluations": [list(evaluation) for evaluation in self.evaluations]}
 
     def load_state_dict(self, state: dict) -> None:
-        def whole(posterior):
-            return posterior and Posterior(**{name: value.numpy()[()] for name, value in posterior.items()})
-        self.changes = [Change(*change, whole(posterior), source) for *change, posterior, source in state["changes"]]
+        self.changes = [Change(*change) for change in state["changes"]]
         self.D = [([tau.numpy() for tau in T], pairs.numpy()) for T, pairs in state["D"]]
         self.evaluations = [tuple(evaluation) for evaluation in state["evaluations"]]
 
@@ -93,13 +89,14 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
 
     make_env: makes an environment with Gymnasium's signatures, actions in [-1, 1] and, in `info`, `features` (a dict of
     floats, in the order of task.features) and `success` (bool: fulfilled by now; what counts is the last step's).
-    task: an envs.Task, or anything with its fields. method: "selfalign"; "rewrite" lets the LLM write R_θ anew where selfalign
-    would change θ; "fixed" keeps the first R_θ; "sparse" trains on the environment's own reward. proposal: a file with the first
-    reward, instead of asking for one. precision: of convolutions, "float32" or "bfloat16".
+    task: an envs.Task, or anything with its fields. method: "selfalign"; "rewrite" lets the LLM write R_θ anew (see `new_theta`);
+    "fixed" keeps the first R_θ; "sparse" trains on the environment's own reward. proposal: a file with the first reward, instead of
+    asking for one. precision: of convolutions, "float32" or "bfloat16".
 
     Raises LLMError without a usable first reward: an answer that cannot be used goes back to the LLM with the reason, up to
-    llm.ATTEMPTS times. A ranking that fails in the same way is skipped, an analysis too. Raises ValueError for episodes so
-    long that hardly any fits between two updates of θ, and FloatingPointError when a loss is no longer a number.
+    llm.ATTEMPTS times. A ranking that fails in the same way is skipped, an analysis too. Raises ValueError for features that are
+    not the task's, and for episodes so long that hardly any fits between two updates of θ, FloatingPointError when a loss is no
+    longer a number, and ReplayError where a replayed run asks what its transcript does not answer.
     """
     if 4 * task.horizon > UPDATE_EVERY or task.horizon > EXPLORE_STEPS:
         raise ValueError(f"episodes of {task.horizon} steps are too long: at least 4 must fit into {UPDATE_EVERY} steps, and one "
@@ -117,7 +114,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
 
     # R_θ ← the LLM proposes a reward
     if method != "sparse":
-        tried = random_features(eval_env)
+        tried = random_features(eval_env, task)
         first = run.reward(task) or propose_reward(llm, task, tried, proposal)
         r_theta = RTheta(first, tried)
         history.changes.append(Change(0, "proposal", r_theta.theta, r_theta.theta, source=first.source))
@@ -182,14 +179,20 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
             run.theta(r_theta.reward, change)
 
 
-def random_features(env) -> np.ndarray:
-    """Features (N, F) of two episodes of random actions: real numbers to try a proposal on."""
+def random_features(env, task) -> np.ndarray:
+    """Features (N, F) of two episodes of random actions: real numbers to try a proposal on.
+
+    Raises ValueError where they are not those of the task, in its order: everything else goes by their places.
+    """
     rng, rows = np.random.default_rng(0), []
     for episode in range(2):
         env.reset(seed=episode)
         over = False
         while not over:
             _, _, terminated, truncated, info = env.step(rng.uniform(-1, 1, env.action_space.shape))
+            if list(info["features"]) != list(task.features):
+                raise ValueError(f"the environment's features are {', '.join(info['features'])}, those of the task {task.name} "
+                                 f"{', '.join(task.features)}: both need the same names in the same order")
             rows.append(list(info["features"].values()))
             over = terminated or truncated
     return np.array(rows)
@@ -277,7 +280,7 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng, rewrite=False
     - Else, or where hardly anything has succeeded for a whole period, the LLM is asked what blocks the robot; in both cases
       only if its ranking shows that the robot does not get better anyway, or if nothing at all has succeeded in that period.
 
-    rewrite: in place of the sampler and of the analysis, the LLM writes the reward anew.
+    rewrite: the LLM writes the reward anew instead, where the rankings disagree, or where it would be asked what blocks the robot.
     """
     (T, pairs), now = history.D[-1], history.changes[-1]
     R = reward.returns(T)(now.theta)
@@ -301,7 +304,7 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng, rewrite=False
     if disagree:
         change = align(reward, history, step, rng)
     if success == 0 or stalled and (change is None or success <= FAILS):
-        change = unblock(llm, task, reward, history, wrong.sum() / max(1, len(pairs)), stalled, change, step)
+        change = unblock(llm, task, reward, history, stalled, change, step)
     print(flush=True)
     return change
 
@@ -372,22 +375,25 @@ def estimate(posterior, reward, now, D):
     return dict(zip(now.theta, values.tolist())), explained(values) - before
 
 
-def unblock(llm, task, reward, history, wrong, stalled, change, step) -> Change | None:
+def unblock(llm, task, reward, history, stalled, change, step) -> Change | None:
     """θ as the LLM's failure analysis changes it.
 
     `change` is what the sampler has found in this update, or None; the analysis goes on from there. Where the LLM fails,
     names nothing or leads back to a θ that the run has had, `change` is returned as it is.
     """
-    changes = history.changes if change is None else [*history.changes, change]
+    (T, pairs), changes = history.D[-1], [*history.changes, *([change] if change else [])]
     now = changes[-1]
+    wrong = discordant(reward.returns(T)(now.theta), pairs).sum() / max(1, len(pairs))
     try:
-        blocked_by, params = analyse_failure(llm, task, reward, history.D[-1][0], wrong, stalled, changes, history.evaluations)
+        blocked_by, params = analyse_failure(llm, task, reward, T, wrong, stalled, changes, history.evaluations)
     except LLMError as error:
         print(f"\n  No analysis: {error}", flush=True)
         return change
     print_analysis(blocked_by, now.theta, params)
     theta = {**now.theta, **params}
     if any(theta == earlier.theta for earlier in changes):         # the same, or one that was undone
+        if params:
+            print("  The run has had that θ: it changes nothing.", flush=True)
         return change
     return Change(step, "analysis", theta, {**now.prior, **params}, now.posterior if change else None)
 

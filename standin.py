@@ -70,8 +70,8 @@ def attempts_of(text):
 
 def attempt_of(body):
     """One description as a dict: `fulfils`; `readings`, (first, last, lowest, highest) by feature; `steps` and `run` by
-    condition, in how many steps it held and its longest run before a limit broke; `excess`, the worst reading over its
-    limit, None where all were kept."""
+    condition, in how many steps it held and its longest run before a limit broke; `excess`, from 1 on, how far a limit was
+    broken at worst, None where all were kept."""
     readings = {}
     for name, row in re.findall(r"^ +(\w+) (-?[\d.]+ .*\| [-\d].*)$", body, re.MULTILINE):
         moments, extremes = row.split("|")
@@ -80,8 +80,8 @@ def attempt_of(body):
     for condition, held, rest in re.findall(r"^ +(\w+ [<>]=? .*?): (\d+) of \d+ steps(.*)$", body, re.MULTILINE):
         runs = re.findall(r"longest run (\d+)|, (\d+) before a limit broke", rest)
         steps[condition], run[condition] = int(held), int("".join(runs[-1])) if runs else 0
-    excess = [float(most) / float(limit) for limit, most in
-              re.findall(r"^ +limit \w+ <= ([\d.]+): broken .* highest reading ([\d.]+)$", body, re.MULTILINE)]
+    excess = [worst / limit if worst > limit > 0 else 1 + abs(worst - limit) for limit, worst in (map(float, both) for both in
+              re.findall(r"^ +limit \w+ [<>]=? (\S+): broken .* (?:highest|lowest) reading (\S+)$", body, re.MULTILINE))]
     return {"fulfils": " fulfils the task" in body.split("\n")[0], "readings": readings, "steps": steps, "run": run,
             "excess": max(excess, default=None)}
 

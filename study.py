@@ -65,7 +65,7 @@ def no_sampler(*_):
     return None
 
 
-def no_analysis(llm, task, reward, history, wrong, stalled, change, step):
+def no_analysis(llm, task, reward, history, stalled, change, step):
     return change
 
 

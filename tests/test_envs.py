@@ -1,5 +1,6 @@
 """Physics against what the tasks promise, and Gymnasium's contract."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -87,6 +88,28 @@ def test_bad_arguments_name_the_cure(env):
     for action in ([0, 0, 0], [0, 0, 0, math.nan], [[0, 0, 0, 0]]):
         with pytest.raises(ValueError, match="4 finite numbers"):
             env.step(action)
+
+
+def test_a_task_whose_parts_contradict_each_other_is_refused():
+    push = TASKS["push"]
+    for parts, words in ((dict(success=(("block_height", ">", 0.1),)), "'block_height' '>'; it takes one of its features .hand_to_block"),
+                         (dict(limits=(("hand_speed", "==", 0.1),)), "one of >, >=, <="), (dict(stages=(("wind", ">", 1),)), "'wind'"),
+                         (dict(steps=4), "push: success takes 4 steps running, and its goal does not say \"4 consecutive\"")):
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(push, **parts)
+    with pytest.raises(ValueError, match="lasts 0.05 s, not 0.1 s"):
+        PandaEnv(dataclasses.replace(push, dt=0.1))
+
+
+def test_an_episode_lasts_as_long_as_its_task_says():
+    env = PandaEnv(dataclasses.replace(TASKS["push"], horizon=7))
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros(4))
+    env.reset(seed=0)
+    assert [env.step(np.zeros(4))[3] for _ in range(7)] == [False] * 6 + [True]
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros(4))
+    env.close()
 
 
 def test_the_block_rests_and_the_arm_holds_without_action(env):
@@ -449,6 +472,14 @@ def test_pixels_are_three_stacked_frames_that_show_the_scene():
     env.reset(seed=0)
     assert env.render().shape == (480, 480, 3) and env.render().std() > 10
     env.close()
+
+
+def test_a_policy_is_shown_with_the_images_that_it_has_learnt_from():
+    trained, shown = PandaEnv("push", obs="pixels"), PandaEnv("push", obs="pixels", render_mode="rgb_array")
+    for one, other in zip(trained.reset(seed=0)[:1] + trained.step([1, 0, 0, 0])[:1], shown.reset(seed=0)[:1] + shown.step([1, 0, 0, 0])[:1]):
+        np.testing.assert_array_equal(one, other)
+    trained.close()
+    shown.close()
 
 
 def test_readme_wrapper_passes_gymnasiums_checker(env):

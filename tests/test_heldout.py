@@ -287,4 +287,4 @@ def test_what_is_no_run_or_no_reward_is_said_in_one_line(main, tmp_path):
         (tmp_path / "episodes.npz").write_bytes(damaged)
         refused(f"{tmp_path} holds no finished run: ")
     np.savez_compressed(tmp_path / "episodes.npz", *[np.zeros((2, len(NAMES)), np.float32)] * 199)
-    refused(f"{tmp_path} has 199 episodes; one update of θ needs 200")            # 10,000 steps
+    refused(f"{tmp_path} has 199 episodes, and one update of θ takes 200: name a run of 10,000 steps or more")

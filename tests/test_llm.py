@@ -15,7 +15,7 @@ import pytest
 
 import llm
 from envs import EPISODE_STEPS, FEATURES, TASKS, PandaEnv
-from llm import (LLM, Chat, LLMError, Manual, Replay, UnusableReply, prompt, read_analysis,
+from llm import (LLM, Chat, LLMError, Manual, Replay, ReplayError, UnusableReply, prompt, read_analysis,
                  read_code, read_ranking)
 from questions import describe_attempt, longest_run
 from reward import Reward
@@ -486,6 +486,15 @@ def test_a_broken_limit_is_told_with_its_time_its_length_and_its_most():
     assert longest_run([False]) == (0, -1) and longest_run([True, True, False, True]) == (2, 1)
 
 
+@pytest.mark.parametrize("sign, kept, values, line", [
+    ("<=", ">", [0.3, 0.1, 0.02, 0.04], "0.05: broken first at 0.15 s, in 2 steps, lowest reading 0.02"),
+    (">=", "<", [0.03, 0.05, 0.09, 0.04], "0.05: broken first at 0.10 s, in 2 steps, highest reading 0.09"),
+    ("<=", ">", [0.3, 0.1, 0.06, 0.08], "0.05: kept")])
+def test_what_a_limit_forbids_decides_how_it_is_told(sign, kept, values, line):
+    task = SimpleNamespace(stages=(), success=(("height", ">", 9.0),), steps=1, dt=0.05, limits=(("height", sign, 0.05),))
+    assert describe_attempt(1, {"height": np.array(values)}, task).splitlines()[1] == f"  limit height {kept} {line}"
+
+
 def tokens(text):
     """A pessimistic count: no tokenizer needs more."""
     return len(re.findall(r"\d{1,3}|_?[A-Za-z]+| (?=\d)|[^\w\s]|\n", text))
@@ -542,9 +551,9 @@ def test_replay_gives_the_same_answers_and_says_where_it_departs(tmp_path):
     ranking = first.ask("rank", "rank these", lambda text: read_ranking(text, 2))
     again = LLM(Replay(path), lambda exchange: None)
     assert again.ask("rank", "rank these", lambda text: read_ranking(text, 2)) == ranking == [[2], [1]]
-    with pytest.raises(LLMError, match="ends after 2 exchanges"):
+    with pytest.raises(ReplayError, match="ends after 2 exchanges"):
         again.ask("analyse", "what blocks?", str)
-    with pytest.raises(LLMError, match="no longer follows .* exchange 1: the question reads 'rank those'"):
+    with pytest.raises(ReplayError, match="no longer follows .* exchange 1: the question reads 'rank those'"):
         LLM(Replay(path), lambda exchange: None).ask("rank", "rank those", str)
     path.write_text("not json")
     with pytest.raises(LLMError, match="line 1 holds no question"):

@@ -38,6 +38,12 @@ def test_a_reward_is_aligned_on_an_environment_of_ones_own(namespace, tmp_path):
         assert word not in question
     for words in ("Task: brake", "10 times per second; an attempt lasts 40 steps (4 s)", "- distance [m, mostly 0 to 2]"):
         assert words in question
+    # With None for the settings, it goes on.
+    run = namespace["Run"]("runs/mine", None)
+    namespace["train"](namespace["PointMass"], namespace["task"], namespace["LLM"](namespace["StandIn"](), run.exchange), run, steps=1900)
+    run.close()
+    steps = [int(line.split(",")[0]) for line in (tmp_path / "runs" / "mine" / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == list(range(200, 1801, 200))
     env = namespace["PointMass"]()
     obs, _ = env.reset(seed=0)
     assert obs.shape == env.observation_space.shape and np.isfinite(obs).all()

@@ -21,7 +21,7 @@ PROGRESS = json.loads((REPLIES / "progress.json").read_text())
 @pytest.mark.parametrize("path", sorted(REPLIES.glob("propose-*.md")), ids=lambda path: path.stem)
 def test_first_proposals_compile_without_repair(path):
     task = path.stem.split("-")[1]
-    features = dict(zip(TASKS[task].features, selfalign.random_features(PandaEnv(task)).T))
+    features = dict(zip(TASKS[task].features, selfalign.random_features(PandaEnv(task), TASKS[task]).T))
     reward = Reward(read_code(path.read_text()), TASKS[task].features)
     reward.check(features)
     assert all(value > 0 for value in reward.params.values())

@@ -222,7 +222,7 @@ def test_assignments_are_to_one_plain_name(statement):
 
 
 @pytest.mark.parametrize("body, reason", [
-    ("x = force", "line 1: the function does not return anything"),
+    ("x = force", "line 1: the function does not return anything"), ("force = np.float64(force)", "line 1: the function does not return anything"),
     ("x = {'a': force}\n    return {'a': w}", "line 2: a dict can only be returned"),
     ("return {force: w}", "line 2: each key of the returned dict must be a term's name in quotes"),
     ("return {'a b': w}", "line 2: each key"), ("return {'a': w, 'a': force}", "line 2: term a is returned twice"),

@@ -23,7 +23,7 @@ from run import Run
 from standin import StandIn
 from test_selfalign import small  # noqa: F401  (a fixture)
 
-TASK = Task("reach", "Reach the mark.", {"distance": Feature("m", 0, 2, "from the mark"), "speed": Feature("m/s", 0, 2, "of the dot")},
+TASK = Task("reach", "Reach the mark and stay there for 3 consecutive steps.", {"distance": Feature("m", 0, 2, "from the mark"), "speed": Feature("m/s", 0, 2, "of the dot")},
             success=(("distance", "<=", 0.05),), steps=3, robot="a dot", dt=0.1, horizon=20)
 REWARD = "def r(distance, speed, scale=5.0, w=3.0):\n    return {'near': np.exp(-distance / scale), 'fast': w * speed}\n"
 
@@ -220,8 +220,6 @@ def resume(folder, monkeypatch, *flags):
 
 def test_a_replayed_run_goes_on_with_the_answers_that_are_left(small, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(selfalign, "nearly_learnt", lambda successes: False)
-    real, runs = Run._lock, []
-    monkeypatch.setattr(Run, "_lock", lambda kept: (runs.append(kept), real(kept)))
     original = small("--task", "push")
     transcript = tmp_path / "t.jsonl"
     transcript.write_bytes((original / "llm.jsonl").read_bytes())
@@ -229,7 +227,6 @@ def test_a_replayed_run_goes_on_with_the_answers_that_are_left(small, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_at(patch, 2, selfalign, "rank_attempts")
         small(*flags)
-    os.close(runs[-1]._held)                                          # what the end of a process does
     resume(tmp_path / "cut", monkeypatch)
     assert files(tmp_path / "cut") == files(original)
 
@@ -321,6 +318,25 @@ def test_a_signal_stops_at_the_end_of_the_episode_and_the_command_line_goes_on(n
     with pytest.raises(SystemExit):
         selfalign.main()
     assert "is finished" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_costs_nothing_that_the_folder_holds(small, monkeypatch):  # noqa: F811
+    folder = small("--reward", "fixed")
+    before = (folder / "episodes.npz").read_bytes()
+    (folder / "buffer.bin").write_bytes(b"")
+    monkeypatch.setattr("sys.argv", ["selfalign.py", "--resume", str(folder), "--steps", "2000"])
+    with pytest.raises(SystemExit, match="damaged"):
+        selfalign.main()
+    assert (folder / "episodes.npz").read_bytes() == before
+
+
+def test_an_error_that_nobody_foresaw_leaves_the_folder_whole(small, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(selfalign, "evaluate", lambda *_: 1 / 0)
+    monkeypatch.setattr("sys.argv", ["selfalign.py", "--reward", "fixed", "--out", str(tmp_path / "broken")])
+    with pytest.raises(ZeroDivisionError):
+        selfalign.main()
+    with np.load(tmp_path / "broken" / "episodes.npz") as archive:
+        assert len(archive.files) > 1
 
 
 def test_what_is_printed_cannot_steer_a_terminal_and_a_closed_pipe_ends_nothing(capsys):
@@ -423,6 +439,7 @@ def test_where_a_checkpoint_does_not_fit_the_last_one_stays(go, monkeypatch, cap
     assert 200 <= saved["step"] < 300 and not list(folder.glob("*.part"))
     told = capsys.readouterr().err
     assert told.count("Cannot write") == 1 and f"Cannot write {folder / 'checkpoint.pt'}: No space left on device" in told
+    assert "from which --resume goes on" in told and "temporary folder" not in told and "could not be written" not in told
     monkeypatch.setattr(run_module.os, "fsync", real)
     whole = go("whole", "fixed")
     go("full", "fixed")                                               # goes on from it

@@ -60,6 +60,13 @@ def test_a_description_is_read_to_the_last_number():
     assert list(attempt_of(LIFTED)["run"]) == conditions
 
 
+@pytest.mark.parametrize("line, excess", [
+    ("<= 2: broken first at 2.30 s, in 2 steps, highest reading 5", 2.5), ("> 0.05: broken first at 1.00 s, in 3 steps, lowest reading 0.01", 1.04),
+    ("< 0: broken first at 1.00 s, in 3 steps, highest reading 0.5", 1.5), ("> -1: broken first at 1.00 s, in 3 steps, lowest reading -1.5", 1.5)])
+def test_the_further_a_limit_is_broken_to_either_side_the_greater_the_excess(line, excess):
+    assert attempt_of(TOUCHED.replace("<= 2: kept", line))["excess"] == pytest.approx(excess)
+
+
 def test_attempts_end_where_the_next_begins_or_other_words_do():
     text = (f"Task: touch\n\nAttempt 7:{TOUCHED}\nAttempt 12:{FAR}  reward per step 1.5 = 1.5 (a)\n\n"
             "Rank them.\n  contact_force 9 9 | 9 9\n")
