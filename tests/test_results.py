@@ -87,12 +87,19 @@ def test_steps_where_a_language_model_writes_the_reward_anew():
 
 
 def test_push_from_pixels():
-    runs = {}
+    runs, ends = {}, {}
     with open(ROOT / "results" / "pixels.csv") as file:
         for row in csv.DictReader(file):
-            runs.setdefault((row["batch"], row["precision"]), []).append((int(row["step"]), float(row["success"])))
-    assert study.steps_to_success(runs["64", "bfloat16"]) == 18_000 and "at 18,000 steps and again at 19,000" in README
-    assert runs["32", "float32"][-3:] == [(15_000, 1.0), (16_000, 0.95), (17_000, 0.7)] and "100 % at 15,000 steps, 95 and 70 %" in README
+            key = row["task"], int(row["seed"]), row["batch"]
+            runs.setdefault(key, []).append((int(row["step"]), float(row["success"])))
+            ends[key] = row
+    for seed in 1, 2, 3:
+        key = "push", seed, "64"
+        assert (f"| seed {seed} | {study.steps_to_success(runs[key]):,} | {float(ends[key]['seconds']) / 60:.1f} | "
+                f"{float(ends[key]['success of 100']):.0%} |") in README
+    assert study.steps_to_success(runs["push", 21, "64"]) == 18_000 and "Seed 21 took 18,000 steps" in README
+    assert runs["push", 21, "32"][-3:] == [(15_000, 1.0), (16_000, 0.95), (17_000, 0.7)] and "100 % at 15,000 steps, 95 and 70 %" in README
+    assert {success for _, success in runs["grasp", 1, "64"]} == {0.0} and runs["grasp", 1, "64"][-1][0] == 9_000
 
 
 def test_the_bench():
