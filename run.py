@@ -259,8 +259,8 @@ class Run:
         self.theta(reward, change)
 
     def theta(self, reward, change) -> None:
-        """A new θ: rows of theta.csv, with 90 % intervals and diagnostics where a posterior gave it or an analysis went on from
-        one, and the reward with θ as its defaults, as a Python file that works anywhere numpy is."""
+        """A new θ: rows of theta.csv, with 90 % intervals and diagnostics where a posterior gave it, and the reward with θ
+        as its defaults, as a Python file that works anywhere numpy is."""
         posterior = change.posterior
         rows = [[""] * len(change.theta)] * 4 if posterior is None else [*posterior.interval(0.9), posterior.rhat, posterior.ess]
         for name, value, *rest in zip(change.theta, change.theta.values(), *rows):

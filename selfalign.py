@@ -395,7 +395,7 @@ def unblock(llm, task, reward, history, stalled, change, step) -> Change | None:
         if params:
             print("  The run has had that θ: it changes nothing.", flush=True)
         return change
-    return Change(step, "analysis", theta, {**now.prior, **params}, now.posterior if change else None)
+    return Change(step, "analysis", theta, {**now.prior, **params})
 
 
 def write_anew(llm, task, reward, history, ranking, wrong, step) -> Change | None:
