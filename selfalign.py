@@ -6,7 +6,8 @@
 
 An LLM writes a parameterised reward R_θ; DrQ-v2 trains on it; every 10,000 steps the LLM ranks some of the
 robot's trajectories; where it disagrees with R_θ, Metropolis-Hastings re-samples θ from the preferences; where it
-agrees and the skill still fails, the LLM says what blocks it. `train` is the algorithm, top to bottom.
+agrees, or hardly anything succeeds, and the robot gets no better, the LLM says what blocks it. `train` is the algorithm,
+top to bottom.
 """
 
 import math
@@ -81,11 +82,11 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
             train the DrQ-v2 policy on R_θ                                            DrQV2.update
             stop when every evaluation episode succeeds, twice running                evaluate
             every 10,000 environment steps:
-            T ← K trajectories of the replay buffer                                   choose_trajectories
-            rank T by the LLM; D ← D ∪ its pairs                                      rank_attempts, pairs_of
-            if R_θ ranks T otherwise:      θ ← p(θ | D) by Metropolis-Hastings        new_theta, align
-            else, where the skill fails:   θ ← the LLM says what blocks it            new_theta, analyse_failure
-            relabel the whole replay buffer with the new R_θ                          RTheta.change, ReplayBuffer.relabel
+                T ← K trajectories of the replay buffer                               choose_trajectories
+                rank T by the LLM; D ← D ∪ its pairs                                  rank_attempts, pairs_of
+                if R_θ ranks T otherwise:         θ ← p(θ | D)                        new_theta, align
+                else, or if the skill still fails: θ ← the LLM says what blocks it    new_theta, unblock
+                relabel the whole replay buffer with the new R_θ                      RTheta.change, ReplayBuffer.relabel
 
     make_env: makes an environment with Gymnasium's signatures, actions in [-1, 1] and, in `info`, `features` (a dict of
     floats, in the order of task.features) and `success` (bool: fulfilled by now; what counts is the last step's).
@@ -290,6 +291,7 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng, rewrite=False
     place = np.empty(len(T))
     for rank, group in enumerate(ranking):
         place[group] = rank
+    # What the policy did lately (age below 0.25 periods) against what it did before the last change, and earlier in this period.
     just_changed = now.step == step - UPDATE_EVERY and now.cause in ("posterior", "analysis", "rewrite")
     if just_changed and preferred(place, (1 <= age) & (age < 2), age < 0.25) > WORSE:
         print("  By the LLM's ranking the robot did better before the last change of θ: that change is undone.\n", flush=True)
@@ -303,7 +305,7 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng, rewrite=False
         return write_anew(llm, task, reward, history, ranking, wrong, step) if disagree or stalled or success == 0 else None
     if disagree:
         change = align(reward, history, step, rng)
-    if success == 0 or stalled and (change is None or success <= FAILS):
+    if success == 0 or (stalled and (change is None or success <= FAILS)):
         change = unblock(llm, task, reward, history, stalled, change, step)
     print(flush=True)
     return change
@@ -321,7 +323,10 @@ def preferred(place, some, others):
 
 
 def align(reward, history, step, rng) -> Change | None:
-    """θ ← p(θ | D); None where the sampler has not mixed, or where its θ does not explain D better."""
+    """θ ← p(θ | D) by Metropolis-Hastings: `sample_theta` draws from it, `estimate` makes one θ of the draws.
+
+    None where the sampler has not mixed, or where its θ does not explain D better.
+    """
     now = history.changes[-1]
     try:
         posterior = sample_theta(reward, now.prior, history.D, rng)
