@@ -89,14 +89,6 @@ def noise(seeds):
             for share in (0.0, 0.1, 0.2, 0.4) for seed in seeds]
 
 
-def parts(seeds):
-    """What each part of an update is worth."""
-    variants = {"no analysis": {"unblock": no_analysis}, "no sampler": {"align": no_sampler},
-                "pairs of weight 1": {"preference_loss": unweighted}, "K = 12": {"RANKED": 12}, "K = 24": {"RANKED": 24}}
-    return [usual(task, seed) if variant == "all" else Job("parts", task, variant, seed, OFFLINE, variants[variant])
-            for task in ("touch", "grasp") for variant in ("all", *variants) for seed in seeds]
-
-
 def often(seeds):
     """How often θ is updated. Of the 50 episodes of 2,500 steps, fewer than K = 48 are ranked."""
     return [usual("touch", seed) if every == selfalign.UPDATE_EVERY else
@@ -109,6 +101,15 @@ def weak(seeds):
     proposals = {form: REPLIES / f"propose-push-{number}.md" for form, number in (("linear", 8), ("exponential", 9), ("stages", 10))}
     return [Job("weak", "push", f"{form}, {reward}", seed, ("--reward", reward, "--proposal", str(path), *OFFLINE))
             for form, path in proposals.items() for reward in ("fixed", "selfalign") for seed in seeds]
+
+
+def parts(seeds):
+    """What each part of an update is worth, for two first rewards that need one: the stand-in's of touch, the exponential one of push."""
+    variants = {"no analysis": {"unblock": no_analysis}, "no sampler": {"align": no_sampler},
+                "pairs of weight 1": {"preference_loss": unweighted}, "K = 12": {"RANKED": 12}, "K = 24": {"RANKED": 24}}
+    whole = [[usual("touch", seed) for seed in seeds], [job for job in weak(seeds) if job.variant == "exponential, selfalign"]]
+    return [job._replace(study="parts", variant=job.variant.replace("selfalign", variant), names=variants[variant]) if variant else job
+            for jobs in whole for variant in ("", *variants) for job in jobs]
 
 
 STUDIES = {study.__name__: study for study in (methods, weak, noise, parts, often)}
