@@ -68,7 +68,7 @@ def rewritten_row(name, task, proposal):
     return f"| {name} | {' '.join(both[0])} | {' '.join(both[1])} |"
 
 
-STUDIES = "methods", "weak", "noise"
+STUDIES = "methods", "weak", "noise", "often"
 REAL = sorted({(task, proposal) for proposal, task, *_ in RUNS if proposal.isdigit()})
 
 
@@ -188,7 +188,7 @@ def test_touch_without_its_term_for_speed():
 @pytest.mark.parametrize("name", STUDIES)
 def test_tables_of_studies(name):
     runs = study.read(ROOT / "results" / f"study-{name}.csv")
-    for line in [*study.table(runs), *(study.theta_table(runs) if name != "noise" else [])]:
+    for line in [*study.table(runs), *(study.theta_table(runs) if name in ("methods", "weak") else [])]:
         assert line in README
 
 
@@ -212,6 +212,12 @@ def test_what_is_said_of_the_studies_in_words():
     ratios = np.divide(last(exponential, "push_weight"), last(exponential, "reach_weight"))
     assert f"weighs {ratios.min():.1f} to {ratios.max():.1f} times as much as reaching, by seed" in text
     assert round(0.1 / statistics.median(last(exponential, "push_scale"))) == 7 and "its scale is a seventh of what it was" in text
+    often = study.read(ROOT / "results" / "study-often.csv")
+    early, half, usual = ([study.steps_to_success(run["success"]) for run in seeds.values()] for seeds in often.values())
+    assert [sum(steps <= 10_000 for steps in of_five) for of_five in (early, half, usual)] == [3, 2, 0]
+    assert (max(early), max(half)) == (20_000, 17_000) and min(sorted(early)[-2:][0], sorted(half)[-2:][0]) <= max(usual) == 16_000
+    assert sorted(len({step for step, _ in run["θ contact_threshold"]}) - 1 for run in
+                  [*often["touch", "every 2,500 steps"].values(), *often["touch", "every 5,000 steps"].values()]) == [1] * 9 + [2]
     judged = [run[f"success of {study.JUDGED}"][0][1] for seeds in weak.values() for run in seeds.values()
               if study.steps_to_success(run["success"]) < float("inf")]
     assert f"had stopped succeed in {100 * min(judged):.0f} to {100 * max(judged):.0f} %" in text
