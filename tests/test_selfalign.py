@@ -279,7 +279,7 @@ def test_the_robot_gets_better_if_its_newest_attempt_beats_more_than_six_of_ten(
     order = list(range(11))[::-1]                                     # as the reward has it: the rankings agree
     age = np.full(11, 0.5)
     age[order[10 - beaten]] = 0.0                                     # the newest
-    assert update([[i] for i in order], changes=agreeing(), age=age)[1] == [("analyse", True)] * called
+    assert [asked[:2] for asked in update([[i] for i in order], changes=agreeing(), age=age)[1]] == [("analyse", True)] * called
 
 
 def test_a_change_after_which_the_robot_is_worse_is_undone(update):
@@ -295,7 +295,7 @@ def test_a_change_after_which_the_robot_is_worse_is_undone(update):
     assert change is None or change.cause != "undone"
     changes.append(selfalign.Change(20_000, "undone", first.theta, first.prior))
     change, called = update(LONGEST_FIRST, age=earlier_best, changes=changes, step=30_000)   # an undoing is not undone
-    assert change is None and called == [("analyse", True)]                    # nor is what was undone taken again
+    assert change is None and [asked[:2] for asked in called] == [("analyse", True)]                    # nor is what was undone taken again
     change, called = update(LONGEST_FIRST, age=same, changes=changes, step=40_000, analysis=("other", {"reach_weight": 2.0}))
     assert change.cause == "analysis" and change.theta == {**first.theta, "reach_weight": 2.0}
 
