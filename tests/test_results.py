@@ -68,7 +68,7 @@ def rewritten_row(name, task, proposal):
     return f"| {name} | {' '.join(both[0])} | {' '.join(both[1])} |"
 
 
-STUDIES = "methods", "weak", "noise", "often"
+STUDIES = "methods", "weak", "noise", "parts", "often"
 REAL = sorted({(task, proposal) for proposal, task, *_ in RUNS if proposal.isdigit()})
 
 
@@ -218,6 +218,14 @@ def test_what_is_said_of_the_studies_in_words():
     assert [[steps for steps in of_five if steps > max(usual)] for of_five in (early, half)] == [[20_000], [17_000]]
     assert sorted(len({step for step, _ in run["θ contact_threshold"]}) - 1 for run in
                   [*often["touch", "every 2,500 steps"].values(), *often["touch", "every 5,000 steps"].values()]) == [1] * 9 + [2]
+    parts = study.read(ROOT / "results" / "study-parts.csv")
+    steps = {variant: [study.steps_to_success(run["success"]) for run in seeds.values()] for (_, variant), seeds in parts.items()}
+    assert steps["no analysis"] == steps["selfalign"] and steps["exponential, no analysis"] == steps["exponential, selfalign"]
+    fixed = [study.steps_to_success(run["success"]) for run in weak["push", "exponential, fixed"].values()]
+    assert steps["exponential, no sampler"] == fixed and min(steps["no sampler"]) == float("inf")
+    slowest = max(steps["exponential, selfalign"])
+    assert slowest == 21_000 and sorted(n for n in steps["exponential, pairs of weight 1"] if n > slowest) == [24_000, 28_000]
+    assert steps["exponential, K = 12"].count(float("inf")) == 2 and "with K = 12 two are not learnt" in text
     judged = [run[f"success of {study.JUDGED}"][0][1] for seeds in weak.values() for run in seeds.values()
               if study.steps_to_success(run["success"]) < float("inf")]
     assert f"had stopped succeed in {100 * min(judged):.0f} to {100 * max(judged):.0f} %" in text
