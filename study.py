@@ -360,8 +360,12 @@ def theta_figure(runs, path):
               if any(len({value for _, value in run.get(f"θ {name}", [])}) > 1 for run in seeds.values())]
     if not panels:
         return
-    drawing, axes = plt.subplots(1, len(panels), figsize=(1 + 3.2 * len(panels), 2.8), squeeze=False)
-    for axis, (task, variant, name) in zip(axes[0], panels):
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    drawing, axes = plt.subplots(rows, columns, figsize=(1 + 3.2 * columns, 2.9 * rows), squeeze=False)
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    for axis, (task, variant, name) in zip(axes.flat, panels):
         for colour, run in enumerate(runs[task, variant].values()):
             steps, values = np.array(run[f"θ {name}"]).T
             end = run["success"][-1][0]
@@ -371,9 +375,10 @@ def theta_figure(runs, path):
                 axis.plot([step + 150 * colour] * 2, [low[step], high[step]], color=f"C{colour}", alpha=0.5, linewidth=2)
         axis.axhline(REPORTED[name], color="black", linestyle=":", linewidth=1)
         axis.set_yscale("log")
-        axis.set_title(f"{task}, {variant}: {name}", fontsize=10)
+        axis.set_title(f"{task}, {variant}\n{name}", fontsize=9)
         in_thousands(axis)
-    axes[0, 0].set_ylabel("θ; dotted: the paper's")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("θ; dotted: the paper's")
     drawing.tight_layout()
     drawing.savefig(path, dpi=120)
 
