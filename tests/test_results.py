@@ -227,7 +227,7 @@ def test_what_is_said_of_the_studies_in_words():
     assert slowest == 21_000 and sorted(n for n in steps["exponential, pairs of weight 1"] if n > slowest) == [24_000, 28_000]
     assert steps["exponential, K = 12"].count(float("inf")) == 2 and "with K = 12 two are not learnt" in text
     sure = parts["push", "exponential, pairs of weight 1"]
-    assert f"from {min(last(sure, 'push_weight')):.1f} to {max(last(sure, 'push_weight')):,.0f}, with intervals that hardly meet" in text
+    assert f"from {min(last(sure, 'push_weight')):.1f} to {max(last(sure, 'push_weight')):,.0f}; most of their intervals do not meet" in text
     judged = [run[f"success of {study.JUDGED}"][0][1] for seeds in weak.values() for run in seeds.values()
               if study.steps_to_success(run["success"]) < float("inf")]
     assert f"had stopped succeed in {100 * min(judged):.0f} to {100 * max(judged):.0f} %" in text
