@@ -162,13 +162,15 @@ def test_wrong_numbers():
     fresh = [case for case in broken if f"{case[1]} {case[2]}" not in KNOWN.get(case[0], ())]
     others = [case for case in runs if case not in broken]
     same = [case for case in others if set(runs[case]) == {"selfalign"}]               # θ never changed
-    assert all(aligned[case] for case in others if case in aligned)
-    changed = {case: [next(step for (step, now), (_, then) in zip(run, run[1:]) if now == then == 1) for run in runs[case].values()]
+    changed = {case: [study.steps_to_success(runs[case][reward]) for reward in ("fixed", "selfalign")]
                for case in others if len(runs[case]) == 2}
-    assert {aligned - fixed for fixed, aligned in changed.values()} == {2_000}
+    lost = [case for case, (_, steps) in changed.items() if steps == float("inf")]
+    later = sorted(steps - fixed for fixed, steps in changed.values() if steps < float("inf"))
+    assert len(later) == 11 and later[:3] == [-9_000, -1_000, 1_000] and later[-1] == 13_000
     assert f"within 30,000 steps fixed did not learn {len(broken)} of them" in text and len(broken) - len(fresh) == 12
     assert (f"selfalign learnt {sum(map(aligned.get, broken))}. Of the {len(others)} others, θ never changed in {len(same)} and changed in "
-            f"{len(changed)} (both learnt, each 2,000 steps later); {len(others) - len(same) - len(changed)} were not trained with selfalign.") in text
+            f"{len(changed)}: nine were learnt later (by 1,000 to 13,000 steps), two earlier, and {'two' if len(lost) == 2 else lost} not "
+            "within 40,000") in text and len(same) + len(changed) == len(others)
     assert f"Of the {len(fresh)} found afterwards it learnt {sum(map(aligned.get, fresh))} within 30,000" in text
     broken, aligned = results(40_000)
     assert f"Within 40,000 steps fixed did not learn {len(broken)}, of which selfalign learnt {sum(map(aligned.get, broken))}." in text
