@@ -59,7 +59,7 @@ def real_row(task, proposal):
 
 def asked_row(task):
     steps = [steps_to_success("asked", task, "selfalign", seed) for seed in sorted(
-        seed for proposal, name, _, seed in RUNS if (proposal, name) == ("asked", task))]
+        seed for proposal, name, reward, seed in RUNS if (proposal, name, reward) == ("asked", task, "selfalign"))]
     return f"| {task} | {' | '.join(map(cell, steps))} |"
 
 
@@ -75,6 +75,7 @@ REAL = sorted({(task, proposal) for proposal, task, *_ in RUNS if proposal.isdig
 @pytest.mark.parametrize("task", ["touch", "grasp", "push"])
 def test_steps_with_the_stand_in_and_with_a_language_model(task):
     assert stand_in_row(task) in README and asked_row(task) in README
+    assert steps_to_success("asked", "touch", "fixed", 64) == float("inf") and "with its first reward, not within 40,000" in README
 
 
 @pytest.mark.parametrize("task, proposal", REAL)
