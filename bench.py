@@ -38,7 +38,7 @@ REPLIES = Path(__file__).parent / "tests" / "replies"
 def environment(args):
     """Control steps per second with random actions; each task beside the one of panda-gym that is most like it.
 
-    Each control step has the peer's own physics: ours 12 substeps of 4.2 ms, panda-gym's 20 of 2 ms.
+    The physics in one differs: 12 substeps of 4.2 ms in ours, 20 of 2 ms in panda-gym's.
     """
     import gymnasium
     import panda_gym  # noqa: F401, it registers its environments

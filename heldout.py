@@ -3,9 +3,9 @@
     python heldout.py runs/touch-selfalign-1                                  # the stand-in's proposal
     python heldout.py runs/touch-selfalign-1 my_reward.md reward.py --wrong   # others, and each number wrong tenfold
 
-Takes the episodes of a run of 10,000 steps or more. The scripted stand-in ranks K of the first period, θ is updated as in the loop, and R_θ then
-orders *other* episodes by pairs: `held` are the rest of that period's second half, `late` what came after it. Printed is
-the share of pairs that R_θ orders as the stand-in's progress score does, before and after the update. A pair counts
+Takes the episodes of a run of 10,000 steps or more. The scripted stand-in ranks K of the first period, θ is updated as in the
+loop, and R_θ then orders *other* episodes by pairs: `held` are the rest of that period's second half, `late` what came after it.
+Printed is the share of pairs that R_θ orders as the stand-in's progress score does, before and after the update. A pair counts
 where scores differ by more than the stand-in's tolerance; one that R_θ leaves equal counts half.
 """
 

@@ -154,6 +154,17 @@ def test_steps_that_do_not_fit_into_memory_are_refused(obs, shape, kind, most, m
     assert taken / 1.05 < 2 ** 30 / most < 2.5 * taken
 
 
+@pytest.mark.parametrize("settings, precision", [({}, torch.float32), ({"precision": "bfloat16"}, torch.bfloat16)])
+def test_a_policy_is_played_in_the_precision_it_has_learnt_in(settings, precision, tmp_path):
+    agents = {"pixels": {"hidden_dim": 8}}
+    state = DrQV2((9, 84, 84), (4,), **agents["pixels"]).state_dict()
+    torch.save({name: state[name] for name in DrQV2.ACTS}, tmp_path / "policy.pt")
+    (tmp_path / "settings.json").write_text(json.dumps({"task": "push", "obs": "pixels", **settings}))
+    env, agent = cli.load_policy(tmp_path, agents)
+    env.close()
+    assert agent.encoder.precision == precision
+
+
 @pytest.fixture
 def begin(parse, monkeypatch, tmp_path):
     """begin(*flags): cli.start in an empty folder; returns (run, llm). What it changes in the process is put back."""
