@@ -162,7 +162,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
         if step % RESET_EVERY == 0 and not any(history.successes[-(RESET_EVERY // EVAL_EVERY):]):
             agent.reset()                                  # learn and explore anew, whatever the method
             state.explore_since = max(state.explore_since, step - agent.std[2] // 2)
-        if method not in ("selfalign", "rewrite") or nearly_learnt(history.successes):
+        if method not in ("selfalign", "rewrite") or being_learnt(history.successes):
             continue
         # T ← K trajectories; rank T by the LLM; D ← D ∪ its pairs
         episodes = buffer.episodes()
@@ -219,19 +219,14 @@ def evaluate(agent: DrQV2, env, r_theta: RTheta | None, episodes: int) -> tuple[
     return float(np.mean(successes)), float(np.mean(sparse_returns)), float(np.mean(returns))
 
 
-def last_period(successes):
-    """The success rates of the period's evaluations so far."""
-    return successes[-(UPDATE_EVERY // EVAL_EVERY):]
+def being_learnt(successes: list[float]) -> bool:
+    """Whether θ is best left alone: the skill succeeds two times in three, or one in four and more often than ever before.
 
-
-def nearly_learnt(successes: list[float]) -> bool:
-    """Whether θ is best left alone: the skill mostly succeeds, or often, and more so than ever in earlier periods.
-
-    successes: success rate of every evaluation so far. What has come that far rises by itself or is a matter of the
-    last few per cent, which no ranking of whole trajectories tells apart; a new reward could only disturb it.
+    successes: success rate of every evaluation so far; the last three count as now. What has risen that far goes on rising as
+    a rule, and the last few per cent no ranking of whole trajectories tells apart: a new reward could only disturb it.
     """
-    before, now = successes[:-len(last_period(successes))], np.mean(successes[-3:])
-    return now >= 0.8 or (now >= 0.4 and now > max(before, default=0.0))
+    now, before = round(np.mean(successes[-3:]), 6), successes[:-3]        # rounded, so that equal rates are equal
+    return now > 0.66 or now > max([0.25, *before])
 
 
 def choose_trajectories(episodes, r_theta, horizon, rng):
@@ -300,7 +295,7 @@ def new_theta(llm, task, reward, history, ranking, age, step, rng, rewrite=False
     change = None
     disagree = wrong.sum() > DISCORDANT * len(pairs)
     stalled = preferred(place, age < 0.25, (0.25 <= age) & (age < 0.75)) <= BETTER
-    success = np.mean(last_period(history.successes))
+    success = np.mean(history.successes[-(UPDATE_EVERY // EVAL_EVERY):])
     if rewrite:
         return write_anew(llm, task, reward, history, ranking, wrong, step) if disagree or stalled or success == 0 else None
     if disagree:

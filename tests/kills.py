@@ -66,7 +66,7 @@ def main(kills):
     torch.set_num_threads(1)
     for name, value in dict(UPDATE_EVERY=300, EVAL_EVERY=100, EVAL_EPISODES=2, EXPLORE_STEPS=100, RANKED=4, BATCH={"state": 16},
                             AGENT={"state": dict(hidden_dim=16, lr=1e-3, std=(1.0, 0.5, 500))},
-                            sample_posterior=partial(sample_posterior, steps=(50,)), nearly_learnt=lambda successes: False).items():
+                            sample_posterior=partial(sample_posterior, steps=(50,)), being_learnt=lambda successes: False).items():
         setattr(selfalign, name, value)
     real_rank, rng, wrong = selfalign.rank_attempts, random.Random(0), 0
 

@@ -88,12 +88,12 @@ def test_what_a_changed_theta_was_good_for():
     both = [[steps_to_success(proposal, task, reward, seed) for reward in ("fixed", "selfalign")] for proposal, task, seed in cases
             if (proposal, task, "selfalign", seed) in CHANGED]
     later = sorted(aligned - fixed for fixed, aligned in both if max(fixed, aligned) < float("inf"))
-    assert len(cases) == 54 and later == [-3000, -2000, 1000, 2000, 4000, 6000, 10_000]
+    assert len(cases) == 54 and later == [-2000, 2000, 4000, 6000, 10_000]
     only = sum(fixed == float("inf") > aligned for fixed, aligned in both)
     neither = sum(fixed == aligned == float("inf") for fixed, aligned in both)
-    assert (len(both), only, neither) == (10, 2, 1)
-    assert ("θ changed in 10 of these 54 cases: two were learnt only so (grasp 6, seeds 1 and 3), two earlier (by 2,000 and 3,000 steps), "
-            "five later (by 1,000 to 10,000), one by neither.") in " ".join(README.split())
+    assert (len(both), only, neither) == (8, 2, 1)
+    assert ("θ changed in 8 of these 54 cases: two were learnt only so (grasp 6, seeds 1 and 3), one earlier (by 2,000 steps), "
+            "four later (by 2,000 to 10,000), one by neither.") in " ".join(README.split())
 
 
 def test_steps_where_a_language_model_writes_the_reward_anew():
@@ -165,13 +165,12 @@ def test_wrong_numbers():
     same = [case for case in others if set(runs[case]) == {"selfalign"}]               # θ never changed
     changed = {case: [study.steps_to_success(runs[case][reward]) for reward in ("fixed", "selfalign")]
                for case in others if len(runs[case]) == 2}
-    lost = [case for case, (_, steps) in changed.items() if steps == float("inf")]
-    later = sorted(steps - fixed for fixed, steps in changed.values() if steps < float("inf"))
-    assert len(later) == 11 and later[:3] == [-9_000, -1_000, 1_000] and later[-1] == 13_000
+    later = sorted(steps - fixed for fixed, steps in changed.values())
+    assert len(later) == 8 and later[:3] == [-9_000, -1_000, 1_000] and later[-1] == 5_000
     assert f"within 30,000 steps fixed did not learn {len(broken)} of them" in text and len(broken) - len(fresh) == 12
     assert (f"selfalign learnt {sum(map(aligned.get, broken))}. Of the {len(others)} others, θ never changed in {len(same)} and changed in "
-            f"{len(changed)}: nine were learnt later (by 1,000 to 13,000 steps), two earlier, and {'two' if len(lost) == 2 else lost} not "
-            "within 40,000") in text and len(same) + len(changed) == len(others)
+            f"{len(changed)}: six were learnt later (by 1,000 to 5,000 steps), two earlier, and none was lost.") in text
+    assert len(same) + len(changed) == len(others)
     assert f"Of the {len(fresh)} found afterwards it learnt {sum(map(aligned.get, fresh))} within 30,000" in text
     broken, aligned = results(40_000)
     assert f"Within 40,000 steps fixed did not learn {len(broken)}, of which selfalign learnt {sum(map(aligned.get, broken))}." in text

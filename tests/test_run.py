@@ -77,7 +77,7 @@ class Writer(StandIn):
 @pytest.fixture
 def go(small, monkeypatch, tmp_path):  # noqa: F811
     """go(name, method, ...): a run of the dot in the folder `name`, begun or, where there is one, gone on with."""
-    monkeypatch.setattr(selfalign, "nearly_learnt", lambda successes: False)
+    monkeypatch.setattr(selfalign, "being_learnt", lambda successes: False)
     (tmp_path / "r.py").write_text(REWARD)
     real_rank = selfalign.rank_attempts
 
@@ -219,7 +219,7 @@ def resume(folder, monkeypatch, *flags):
 
 
 def test_a_replayed_run_goes_on_with_the_answers_that_are_left(small, monkeypatch, tmp_path):  # noqa: F811
-    monkeypatch.setattr(selfalign, "nearly_learnt", lambda successes: False)
+    monkeypatch.setattr(selfalign, "being_learnt", lambda successes: False)
     original = small("--task", "push")
     transcript = tmp_path / "t.jsonl"
     transcript.write_bytes((original / "llm.jsonl").read_bytes())

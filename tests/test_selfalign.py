@@ -414,15 +414,16 @@ def test_between_two_modes_the_estimate_is_the_mean_of_the_draws_that_explain_mo
     assert (a, gain) == (pytest.approx(mean), 0.0)
 
 
-def test_a_nearly_learnt_skill_is_left_alone():
-    def nearly(*rates):
-        return selfalign.nearly_learnt([rate / 100 for rate in rates])
-    assert not nearly(*[0] * 9) and not nearly(0, 0, 0, 0, 0, 0, 10, 35, 40)
-    assert nearly(0, 0, 0, 0, 10, 20, 40, 60, 60)                        # on its way
-    assert nearly(*[95] * 19)
-    assert not nearly(*[0] * 8, 60, *[50] * 10)                          # no better than the period before
-    assert not nearly(*[0] * 8, 60, *[90] * 7, *[50] * 3)                # not any more
-    assert nearly(*[0] * 8, 40, *[50] * 10)
+def test_a_skill_that_is_being_learnt_is_left_alone():
+    def learning(*rates):
+        return selfalign.being_learnt([rate / 100 for rate in rates])
+    assert not learning(*[0] * 9) and not learning(0)
+    assert learning(*[95] * 19) and learning(*[100] * 10, 65, 65, 70)       # it mostly succeeds
+    assert not learning(*[100] * 10, 65, 65, 65)
+    assert learning(*[0] * 6, 5, 15, 65) and learning(*[0] * 6, 25, 25, 30)    # on its way
+    assert not learning(*[0] * 6, 25, 25, 25) and not learning(*[0] * 6, 20, 0, 35)     # or by chance
+    assert not learning(*[0] * 5, 40, 20, 50, 50) and learning(*[0] * 5, 35, 20, 50, 50)       # 40 % is no more than ever before
+    assert not learning(*[0] * 8, 60, *[50] * 10) and not learning(*[0] * 8, 60, *[90] * 7, *[50] * 3)
 
 
 def test_pairs_follow_the_ranking():
