@@ -28,8 +28,10 @@ from drqv2 import DrQV2
 from envs import TASKS, PandaEnv
 from llm import LLM, read_code
 from mh import MAX_RHAT, MIN_ESS, PRIOR_STD, effective_sample_size, preference_loss, sample_posterior, split_rhat
+from questions import rank_attempts
 from reward import Reward, RTheta
 from run import Run
+from standin import StandIn
 
 UPDATE_OF_THETA = "update of θ"          # of what is not beside a peer, but beside the training it interrupts
 REPLIES = Path(__file__).parent / "tests" / "replies"
@@ -189,9 +191,11 @@ def train_ours(task, seed, steps):
 
 
 def theta(args):
-    """Seconds of one update of θ, by parameters and by rankings of 48 in D, beside those of the 10,000 steps that it belongs to."""
+    """Seconds of one update of θ, by parameters and by the stand-in's rankings of 48 in D, beside those of its 10,000 steps."""
     torch.set_num_threads(1)                               # as our command line
-    cases = [(reward, D[:count]) for reward in map(touch_reward, (7, 2, 1)) for D in [rankings(reward, 4)] for count in (1, 2, 4)]
+    llm, rewards = LLM(StandIn(), lambda exchange: None), [touch_reward(number) for number in (7, 2, 1)]
+    D = [(T, selfalign.pairs_of(rank_attempts(llm, TASKS["touch"], T))) for T, _ in rankings(rewards[0], 4)]
+    cases = [(reward, D[:count]) for reward in rewards for count in (1, 2, 4)]
     for seed in range(1, args.rounds + 1):
         explored, trained = (train_ours("touch", seed, steps)[0] for steps in (selfalign.EXPLORE_STEPS, 3_000))
         period = (trained - explored) * selfalign.UPDATE_EVERY / (3_000 - selfalign.EXPLORE_STEPS)
@@ -200,7 +204,8 @@ def theta(args):
             started = time.perf_counter()
             posterior = selfalign.sample_theta(reward, now.prior, D, np.random.default_rng(seed))
             selfalign.estimate(posterior, reward, now, D)
-            yield f"{UPDATE_OF_THETA}, {len(reward.params)} parameters, {len(D)} rankings", "period", time.perf_counter() - started, period
+            seconds, size = time.perf_counter() - started, f"{len(reward.params)} parameters, {len(D) * selfalign.RANKED} trajectories"
+            yield f"{UPDATE_OF_THETA}, {size}", "period", seconds, period
 
 
 def learning(args):

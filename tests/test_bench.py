@@ -6,7 +6,8 @@ import pytest
 
 import bench
 
-THETA = [("update of θ, 6 parameters, 1 rankings", "period", 2.0, 50.0), ("update of θ, 6 parameters, 1 rankings", "period", 4.0, 40.0)]
+THETA = [("update of θ, 6 parameters, 48 trajectories", "period", 2.0, 50.0),
+         ("update of θ, 6 parameters, 48 trajectories", "period", 4.0, 40.0)]
 ROWS = [("control steps/s, touch", "panda-gym", 1500.0, 1000.0), ("control steps/s, touch", "panda-gym", 1800.0, 1000.0),
         ("control steps/s, touch", "panda-gym", 1600.0, 800.0), ("s to 100 %, touch", "SAC", 30.0, 120.0),
         ("s to 100 %, touch", "TD3", 30.0, float("inf"))]
@@ -25,7 +26,7 @@ def test_the_table_has_medians_ranges_and_what_is_faster(tmp_path):
 
 def test_updates_of_theta_have_a_table_of_their_own():
     of_theta = ["| | s | s of its period of training | share |", "| --- | --- | --- | --- |",
-                "| update of θ, 6 parameters, 1 rankings | 3 (2 to 4) | 45 (40 to 50) | 7.0% |"]
+                "| update of θ, 6 parameters, 48 trajectories | 3 (2 to 4) | 45 (40 to 50) | 7.0% |"]
     assert list(bench.table(THETA)) == of_theta
     assert list(bench.table([*ROWS, *THETA])) == [*bench.table(ROWS), "", *of_theta]
 

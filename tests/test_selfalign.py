@@ -620,7 +620,7 @@ def test_evaluation_changes_nothing_in_training(small, monkeypatch):
     runs = []
     for every in (100, 300):
         monkeypatch.setattr(selfalign, "EVAL_EVERY", every)
-        monkeypatch.setattr(selfalign, "last_period", lambda successes: [1.0])           # exploration does not start again
+        monkeypatch.setattr(selfalign, "RESET_EVERY", 1_000)                 # exploration does not start again
         folder = small("--reward", "fixed", "--task", "push", steps=600)
         with np.load(folder / "episodes.npz") as episodes:
             runs.append([episodes[name] for name in episodes.files])
