@@ -105,8 +105,9 @@ def start(args: argparse.Namespace) -> tuple[Run, LLM]:
         vars(args).update({**run.settings, **args.given})
         check(args, lambda reason: sys.exit(f"{args.resume} cannot go on: {reason}"))
         finished = run.finished(args.steps)
-        if finished:
+        if finished and (run.folder / "episodes.npz").exists():      # else it was killed before that was written: `train` does so
             print(f"{args.resume} is finished: {finished}")
+            run.close()
             sys.exit()
     asks = args.reward in ("selfalign", "rewrite") or args.reward == "fixed" and not args.proposal
     try:

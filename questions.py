@@ -3,6 +3,7 @@
 The wording stands in prompts/; here its placeholders are filled in, from a `Task` (see envs.py) or anything with its fields.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -144,8 +145,9 @@ def describe_attempt(label: int, series: dict[str, np.ndarray], task) -> str:
     """
     length = len(next(iter(series.values())))
 
-    def short(value):
-        return f"{round(float(value), 3) + 0.0:.3g}"
+    def short(value, name):
+        span = max(1e-9, task.features[name].high - task.features[name].low)
+        return f"{round(float(value), max(3, 1 - math.floor(math.log10(span)))) + 0.0:.3g}"     # finer where readings are small
 
     def time_of(step):
         return f"{(step + 1) * task.dt:.2f}"
@@ -182,8 +184,7 @@ def describe_attempt(label: int, series: dict[str, np.ndarray], task) -> str:
     moments = np.unique(np.linspace(0, length - 1, 4).round().astype(int))
     rows = [["time", *(time_of(step) for step in moments), "| lowest", "highest"]]
     for name, values in series.items():
-        rows.append([name, *(short(values[step]) for step in moments),
-                     f"| {short(values.min())}", short(values.max())])
+        rows.append([name, *(short(values[step], name) for step in moments), f"| {short(values.min(), name)}", short(values.max(), name)])
     return "\n".join(lines + ["  " + " ".join(row) for row in rows])
 
 

@@ -4,10 +4,10 @@
     python selfalign.py --play runs/touch-selfalign-1   # watch the policy
     python selfalign.py --resume runs/touch-selfalign-1 # go on with a run that was stopped
 
-An LLM writes a parameterised reward R_θ; DrQ-v2 trains on it; every 10,000 steps the LLM ranks some of the
-robot's trajectories; where it disagrees with R_θ, Metropolis-Hastings re-samples θ from the preferences; where it
-agrees, or hardly anything succeeds, and the robot gets no better, the LLM says what blocks it. `train` is the algorithm,
-top to bottom.
+An LLM writes a parameterised reward R_θ; DrQ-v2 trains on it; every 10,000 steps, unless the skill is being learnt, the LLM
+ranks some of the robot's trajectories; where it disagrees with R_θ, Metropolis-Hastings re-samples θ from the preferences;
+where it agrees, or hardly anything succeeds, and the robot gets no better, the LLM says what blocks it. `train` is the
+algorithm, top to bottom.
 """
 
 import math
@@ -81,7 +81,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
         repeat
             train the DrQ-v2 policy on R_θ                                            DrQV2.update
             stop when every evaluation episode succeeds, twice running                evaluate
-            every 10,000 environment steps:
+            every 10,000 environment steps, unless the skill is being learnt:         being_learnt
                 T ← K trajectories of the replay buffer                               choose_trajectories
                 rank T by the LLM; D ← D ∪ its pairs                                  rank_attempts, pairs_of
                 if R_θ ranks T otherwise:         θ ← p(θ | D)                        new_theta, align
@@ -89,7 +89,8 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
                 relabel the whole replay buffer with the new R_θ                      RTheta.change, ReplayBuffer.relabel
 
     make_env: makes an environment with Gymnasium's signatures, actions in [-1, 1] and, in `info`, `features` (a dict of
-    floats, in the order of task.features) and `success` (bool: fulfilled by now; what counts is the last step's).
+    floats, in the order of task.features) and `success` (bool: fulfilled by now; what counts is the last step's). Observations
+    are vectors, or (9, H, W) bytes: the last three RGB frames, the newest at the end.
     task: an envs.Task, or anything with its fields. method: "selfalign"; "rewrite" lets the LLM write R_θ anew (see `new_theta`);
     "fixed" keeps the first R_θ; "sparse" trains on the environment's own reward. proposal: a file with the first reward, instead of
     asking for one. precision: of convolutions, "float32" or "bfloat16".
@@ -126,6 +127,8 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
     # All that the rest of the run depends on; where the run was cut short, it goes on from the last checkpoint.
     state = run.state = State(agent, buffer, r_theta, history, env, eval_env, rng, rank_rng)
     if run.restore():
+        if state.learnt or state.step >= steps:            # there is nothing left to do
+            return state.step - EVAL_EVERY if state.learnt else None
         obs, _ = env.reset()
     buffer.begin(obs)
     step, update_at = state.step, UPDATE_EVERY * max(1, math.ceil(state.step / UPDATE_EVERY))
@@ -160,9 +163,13 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
         # every 10,000 environment steps
         update_at += UPDATE_EVERY
         if step % RESET_EVERY == 0 and not any(history.successes[-(RESET_EVERY // EVAL_EVERY):]):
+            print(f"\n  No success in {RESET_EVERY:,} steps: the networks start anew.", flush=True)
             agent.reset()                                  # learn and explore anew, whatever the method
             state.explore_since = max(state.explore_since, step - agent.std[2] // 2)
-        if method not in ("selfalign", "rewrite") or being_learnt(history.successes):
+        if method not in ("selfalign", "rewrite"):
+            continue
+        if being_learnt(history.successes):
+            print("\n  The skill is being learnt: θ stays as it is, and no trajectories are ranked.\n", flush=True)
             continue
         # T ← K trajectories; rank T by the LLM; D ← D ∪ its pairs
         episodes = buffer.episodes()
@@ -222,8 +229,8 @@ def evaluate(agent: DrQV2, env, r_theta: RTheta | None, episodes: int) -> tuple[
 def being_learnt(successes: list[float]) -> bool:
     """Whether θ is best left alone: the skill succeeds two times in three, or one in four and more often than ever before.
 
-    successes: success rate of every evaluation so far; the last three count as now. What has risen that far goes on rising as
-    a rule, and the last few per cent no ranking of whole trajectories tells apart: a new reward could only disturb it.
+    successes: success rate of every evaluation so far; the last three count as now. What has risen that far in its first
+    period goes on rising nearly always, what stays high mostly does (README, "Wrong numbers"), and a new reward would disturb it.
     """
     now, before = round(np.mean(successes[-3:]), 6), successes[:-3]        # rounded, so that equal rates are equal
     return now > 0.66 or now > max([0.25, *before])

@@ -73,7 +73,7 @@ def attempt_of(body):
     condition, in how many steps it held and its longest run before a limit broke; `excess`, from 1 on, how far a limit was
     broken at worst, None where all were kept."""
     readings = {}
-    for name, row in re.findall(r"^ +(\w+) (-?[\d.]+ .*\| [-\d].*)$", body, re.MULTILINE):
+    for name, row in re.findall(r"^ +(\w+) (-?[\d.]+(?:e[-+]\d+)? .*\| [-\d].*)$", body, re.MULTILINE):
         moments, extremes = row.split("|")
         readings[name] = (float(moments.split()[0]), float(moments.split()[-1]), *map(float, extremes.split()))
     steps, run = {}, {}

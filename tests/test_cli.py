@@ -275,6 +275,7 @@ def test_a_run_that_is_finished_is_left_as_it_is(begin, monkeypatch, capsys):
     first.close()
     monkeypatch.setattr(Run, "finished", lambda run, steps: None if steps > 700 else f"it has had its {steps} steps")
     begin("--resume", str(first.folder), "--steps", "701")[0].close()
+    (first.folder / "episodes.npz").touch()
     before = {path.name: path.read_bytes() for path in first.folder.iterdir()}
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

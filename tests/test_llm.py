@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import llm
-from envs import EPISODE_STEPS, FEATURES, TASKS, PandaEnv
+from envs import EPISODE_STEPS, FEATURES, TASKS, Feature, PandaEnv
 from llm import (LLM, Chat, LLMError, Manual, Replay, ReplayError, UnusableReply, prompt, read_analysis,
                  read_code, read_ranking)
 from questions import describe_attempt, longest_run
@@ -433,7 +433,8 @@ def test_broken_analyses_get_the_reason(params, reason):
 
 # A task of every kind of condition: near, then hold and lift for three steps, never with more than 2 N or 0.05 m away.
 CARRY = SimpleNamespace(stages=(("near", "<=", 0.05),), success=(("force", ">", 0.0), ("height", ">=", 0.1)), steps=3, dt=0.05,
-                        limits=(("force", ">", 2.0), ("away", ">", 0.05)))
+                        limits=(("force", ">", 2.0), ("away", ">", 0.05)),
+                        features={name: Feature("", 0.0, 1.0, "") for name in ("near", "force", "height", "away", "tilt")})
 NEAR = [0.2, 0.12, 0.05, 0.04, 0.04, 0.04, 0.04, 0.06, 0.1, 0.2]
 DONE = dict(near=NEAR, force=[0, 0, 0, 1, 1.2344, 1, 2, 1, 0, 0], height=[0, 0, 0, 0, 0.1, 0.2, 0.15, 0.0996, 0.2, 0],
             away=[0] * 10, tilt=[-0.5, 0, 0, -0.0004, 0, 0, 26.66, 0, 0, 1])
@@ -491,8 +492,22 @@ def test_a_broken_limit_is_told_with_its_time_its_length_and_its_most():
     (">=", "<", [0.03, 0.05, 0.09, 0.04], "0.05: broken first at 0.10 s, in 2 steps, highest reading 0.09"),
     ("<=", ">", [0.3, 0.1, 0.06, 0.08], "0.05: kept")])
 def test_what_a_limit_forbids_decides_how_it_is_told(sign, kept, values, line):
-    task = SimpleNamespace(stages=(), success=(("height", ">", 9.0),), steps=1, dt=0.05, limits=(("height", sign, 0.05),))
+    task = SimpleNamespace(stages=(), success=(("height", ">", 9.0),), steps=1, dt=0.05, limits=(("height", sign, 0.05),),
+                           features={"height": Feature("m", 0.0, 0.3, "")})
     assert describe_attempt(1, {"height": np.array(values)}, task).splitlines()[1] == f"  limit height {kept} {line}"
+
+
+@pytest.mark.parametrize("high, values, told", [
+    (0.3, [0.0004, 0.0006, 0.1234, 0.2], "0 0.001 0.123 0.2 | 0 0.2"),              # half a millimetre is noise
+    (0.0005, [0.0004, 0.0002, 0.000123, 0.00009], "0.0004 0.0002 0.00012 9e-05 | 9e-05 0.0004"),
+    (2000.0, [1499.6, 900, 20, 3.21], "1.5e+03 900 20 3.21 | 3.21 1.5e+03")])
+def test_readings_are_as_fine_as_what_their_feature_spans_and_the_stand_in_reads_them(high, values, told):
+    task = SimpleNamespace(stages=(), success=(("away", "<=", high / 1000),), steps=1, dt=0.05, limits=(),
+                           features={"away": Feature("m", 0.0, high, "")})
+    text = describe_attempt(1, {"away": np.array(values)}, task)
+    assert text.splitlines()[-1] == f"  away {told}"
+    first, _, _, last, lowest, highest = map(float, told.replace("|", "").split())
+    assert attempt_of(text.partition(":")[2])["readings"] == {"away": (first, last, lowest, highest)}
 
 
 def tokens(text):

@@ -11,6 +11,7 @@ import pytest
 
 import bench
 import study
+from selfalign import being_learnt
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,6 +95,79 @@ def test_what_a_changed_theta_was_good_for():
     assert (len(both), only, neither) == (8, 2, 1)
     assert ("θ changed in 8 of these 54 cases: two were learnt only so (grasp 6, seeds 1 and 3), one earlier (by 2,000 steps), "
             "four later (by 2,000 to 10,000), one by neither.") in " ".join(README.split())
+
+
+def test_seeds_that_were_run_once():
+    runs = {}
+    with open(ROOT / "results" / "unseen.csv") as file:
+        for row in csv.DictReader(file):
+            seeds = runs.setdefault(row["proposal"], {})
+            seeds.setdefault(int(row["seed"]), {}).setdefault(row["reward"], []).append((int(row["step"]), float(row["success"])))
+    assert f"seeds 11 and 12, took {' and '.join(cell(study.steps_to_success(both['selfalign'])) for both in runs.pop('touch-stand-in').values())}" in README
+    both, changed = {}, []
+    for name, seeds in runs.items():
+        for seed, these in seeds.items():                    # where θ never changed, the run stands there once
+            assert all(len(run) == 39 or study.steps_to_success(run) < float("inf") for run in these.values())
+            steps = [study.steps_to_success(these.get(reward, these["selfalign"])) for reward in ("fixed", "selfalign")]
+            both.setdefault(name, []).append((cell(steps[0]), "=" * (len(these) == 1) + cell(steps[1])))
+            changed += [steps] if len(these) == 2 else []
+        told = "6 to 8" if name == "push-9" else "4 and 5"
+        fixed, aligned = (" ".join(column) for column in zip(*both[name]))
+        assert list(seeds) == ([6, 7, 8] if name == "push-9" else [4, 5])
+        assert f"| {name.replace('-', ' ')}, {told} | {fixed} | {aligned} |" in README
+    later = sorted(aligned - fixed for fixed, aligned in changed if fixed < float("inf"))
+    assert sum(map(len, both.values())) == 17 and len(changed) == 6 and later == [-22_000, -15_000, -8_000, 4_000]
+    assert all(aligned < float("inf") for _, aligned in changed)
+    assert ("θ changed in 6 of these 17 cases: two were learnt only so, three earlier (by 8,000 to 22,000 steps), one later (by 4,000)."
+            in " ".join(README.split()))
+
+
+def test_no_theta_changes_while_a_skill_is_being_learnt():
+    """The runs are those of the rule as it is."""
+    changes = {key: {} for key in RUNS}
+    with open(ROOT / "results" / "theta.csv") as file:
+        for row in csv.DictReader(file):
+            changes.setdefault((row["proposal"], row["task"], row["reward"], int(row["seed"])), {})[int(row["step"])] = row["cause"]
+    both = [(run, changes[key]) for key, run in RUNS.items()]
+    for name in STUDIES:
+        for seeds in study.read(ROOT / "results" / f"study-{name}.csv").values():
+            both += [(run["success"], [step for measure, rows in run.items() if measure.startswith("θ ") for step, _ in rows])
+                     for run in seeds.values()]
+    seen = 0
+    for evaluations, steps in both:
+        for step in filter(None, steps):
+            assert not being_learnt([success for at, success in evaluations if at <= step])
+            seen += 1
+    assert seen > 100
+
+
+def test_what_becomes_of_a_skill_that_is_left_alone():
+    """Of runs with a fixed reward, or with a θ that never changed, each once."""
+    runs = [run for (proposal, task, reward, seed), run in RUNS.items()
+            if reward == "fixed" or reward == "selfalign" and (proposal, task, reward, seed) not in CHANGED]
+    wrong = {}
+    with open(ROOT / "results" / "wrong.csv") as file:
+        for row in csv.DictReader(file):
+            case = wrong.setdefault((row["proposal"], row["parameter"], row["factor"]), {})
+            case.setdefault(row["reward"], []).append((int(row["step"]), float(row["success"])))
+    runs += [both.get("fixed", both.get("selfalign")) for both in wrong.values()]
+    for name in ("methods", "weak"):
+        runs += [run["success"] for (_, variant), seeds in study.read(ROOT / "results" / f"study-{name}.csv").items()
+                 if variant.endswith("fixed") for run in seeds.values()]
+    runs, counts = set(map(tuple, runs)), {}
+    for run in runs:
+        for update in (10_000, 20_000, 30_000):
+            before = [success for step, success in run if step <= update]
+            if run[-1][0] > update and study.steps_to_success([*zip(range(len(before)), before)]) == float("inf"):
+                learnt = study.steps_to_success(run) < float("inf")
+                counts.setdefault((update, bool(being_learnt(before))), []).append(learnt)
+    told = {key: (len(learnt), sum(learnt)) for key, learnt in counts.items()}
+    (left, then), (asked, too) = told[10_000, True], told[10_000, False]
+    text = " ".join(README.split())
+    assert f"Of {left} different runs with a fixed reward that today's rule would leave alone at 10,000 steps, {then} were learnt" in text
+    assert f"within 40,000, of the {asked} others {too}." in text
+    assert told[20_000, True] == (24, 21) and told[30_000, True] == (11, 6)
+    assert "of 24 at 20,000 steps 21 were learnt, of 11 at 30,000 six" in text
 
 
 def test_steps_where_a_language_model_writes_the_reward_anew():

@@ -15,7 +15,7 @@ import torch
 import cli
 import run as run_module
 import selfalign
-from envs import Feature, PandaEnv, Space, Task
+from envs import TASKS, Feature, PandaEnv, Space, Task
 from llm import LLM, Answered, Reply
 from mh import Posterior
 from reward import Reward
@@ -318,6 +318,24 @@ def test_a_signal_stops_at_the_end_of_the_episode_and_the_command_line_goes_on(n
     with pytest.raises(SystemExit):
         selfalign.main()
     assert "is finished" in capsys.readouterr().out
+
+    (stopped / "episodes.npz").unlink()                    # as SIGKILL leaves it after the last checkpoint
+    selfalign.main()
+    assert files(stopped) == files(whole)
+
+
+def test_train_goes_no_further_than_it_has_been_told(small):  # noqa: F811
+    """A run that has learnt, or has had its steps, ends at once, whoever calls `train`, and its folder stays as it is."""
+    folder = small("--reward", "fixed")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for learnt, steps in ((True, 10_000), (False, saved["step"]), (False, saved["step"] - 100)):
+        torch.save({**saved, "learnt": learnt}, folder / "checkpoint.pt")
+        before = files(folder)
+        run = Run(folder, None)
+        task = TASKS[run.settings["task"]]
+        result = selfalign.train(lambda: PandaEnv(task), task, LLM(None, run.exchange), run, "fixed", run.settings["seed"], steps)
+        run.close()
+        assert result == (saved["step"] - selfalign.EVAL_EVERY if learnt else None) and files(folder) == before
 
 
 def test_a_damaged_checkpoint_costs_nothing_that_the_folder_holds(small, monkeypatch):  # noqa: F811
