@@ -280,8 +280,7 @@ def test_what_is_said_of_the_studies_in_words():
     high = last(methods["touch", "selfalign"], "contact_threshold", "high ")
     assert sum(bound > 1 for bound in high) == 2 and "of two of which the 90 % interval still holds 1 N" in text
     steps = [[study.steps_to_success(run["success"]) for run in noise["touch", f"{share} flipped"].values()] for share in ("10%", "20%")]
-    assert [of_five.count(37_000) for of_five in steps] == [1, 2] and max(map(max, steps)) == 37_000
-    assert "With a tenth one seed in five takes 37,000 steps, with a fifth two" in text
+    assert f"With a tenth the slowest of five seeds takes {max(steps[0]):,} steps, with a fifth {max(steps[1]):,};" in text
     thresholds = [value for share in ("10%", "20%") for value in last(noise["touch", f"{share} flipped"], "contact_threshold")]
     assert f"lies between {min(thresholds):.2f} and {max(thresholds):.2f} N" in text
     exponential = weak["push", "exponential, selfalign"]
@@ -290,8 +289,8 @@ def test_what_is_said_of_the_studies_in_words():
     assert round(0.1 / statistics.median(last(exponential, "push_scale"))) == 7 and "its scale is a seventh of what it was" in text
     often = study.read(ROOT / "results" / "study-often.csv")
     early, half, usual = ([study.steps_to_success(run["success"]) for run in seeds.values()] for seeds in often.values())
-    assert [sum(steps <= 10_000 for steps in of_five) for of_five in (early, half, usual)] == [3, 2, 0]
-    assert [[steps for steps in of_five if steps > max(usual)] for of_five in (early, half)] == [[20_000], [17_000]]
+    assert [sum(steps <= 10_000 for steps in of_five) for of_five in (early, half, usual)] == [3, 1, 0]
+    assert [[steps for steps in of_five if steps > max(usual)] for of_five in (early, half)] == [[20_000, 17_000], [17_000]]
     assert sorted(len({step for step, _ in run["θ contact_threshold"]}) - 1 for run in
                   [*often["touch", "every 2,500 steps"].values(), *often["touch", "every 5,000 steps"].values()]) == [1] * 9 + [2]
     parts = study.read(ROOT / "results" / "study-parts.csv")
@@ -300,8 +299,10 @@ def test_what_is_said_of_the_studies_in_words():
     fixed = [study.steps_to_success(run["success"]) for run in weak["push", "exponential, fixed"].values()]
     assert steps["exponential, no sampler"] == fixed and min(steps["no sampler"]) == float("inf")
     slowest = max(steps["exponential, selfalign"])
-    assert slowest == 21_000 and sorted(n for n in steps["exponential, pairs of weight 1"] if n > slowest) == [24_000, 28_000]
-    assert steps["exponential, K = 12"].count(float("inf")) == 2 and "with K = 12 two are not learnt" in text
+    slower = [sorted(n for n in steps[f"exponential, {part}"] if n > slowest) for part in ("pairs of weight 1", "K = 24", "K = 12")]
+    assert slowest == 17_000 and slower == [[28_000], [18_000, 24_000], [25_000, float("inf")]]
+    assert ("one of five takes 28,000 steps where the slowest took 17,000, with K = 24 two take 18,000 and 24,000, with K = 12 one takes "
+            "25,000 and one is not learnt.") in text
     sure = parts["push", "exponential, pairs of weight 1"]
     assert f"from {min(last(sure, 'push_weight')):.1f} to {max(last(sure, 'push_weight')):,.0f}; most of their intervals do not meet" in text
     judged = [run[f"success of {study.JUDGED}"][0][1] for seeds in weak.values() for run in seeds.values()
