@@ -3,6 +3,7 @@
     pip install -e ".[bench]"
     python bench.py environment sampler learning                         # panda-gym, emcee, Stable-Baselines3
     python bench.py theta                                                # what an update of θ costs, beside its period
+    python bench.py profile                                              # where the time of updates and control steps goes
     python bench.py update sampler --drqv2 ../drqv2 --aprel ../aprel     # clones of the authors' code and of APReL
     python bench.py --table results/speed.csv                            # the table of rows measured before
 
@@ -11,19 +12,23 @@ Ours and the peer take turns; a row is one turn of each. Nothing else should run
 
 import argparse
 import contextlib
+import cProfile
 import csv
 import importlib.util
 import io
+import pstats
 import sys
 import tempfile
 import time
 import types
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import selfalign
+from cli import keep_memory
 from drqv2 import DrQV2
 from envs import TASKS, PandaEnv
 from llm import LLM, read_code
@@ -89,6 +94,57 @@ def update(args):
         speeds = speed(lambda: ours.update(flat, 0)), speed(lambda: theirs.update(iter([batch]), 0))
         if turn:
             yield f"pixel updates/s, {args.device}", "the authors' drqv2", *speeds
+
+
+def profile(args):
+    """Milliseconds of one update and of one control step, on one thread, and where they go; no peer, and no rows."""
+    torch.set_num_threads(1)                               # as our command line from states
+    keep_memory()
+    rng = np.random.default_rng(0)
+
+    def timed(name, step, times, parts):
+        for _ in range(3):
+            step()
+        started = time.perf_counter()
+        for _ in range(times):
+            step()
+        milliseconds, parts = 1000 * (time.perf_counter() - started) / times, parts(step)
+        total = sum(parts.values())
+        most = sorted(parts, key=parts.get, reverse=True)[:6]
+        print(f"    {name}: {milliseconds:.2f} ms: " + ", ".join(f"{part} {parts[part] / total:.0%}" for part in most), flush=True)
+
+    def operations(step):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for _ in range(5):
+                step()
+        return {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profiler.key_averages()}
+
+    def functions(step):
+        with cProfile.Profile() as profiler:
+            for _ in range(400):
+                step()
+        seconds = Counter()
+        for (_, _, name), (_, _, own, *_) in pstats.Stats(profiler).stats.items():
+            seconds[name] += own
+        return seconds
+
+    for obs, shape, usual in (("state", (22,), selfalign.BATCH["state"]), ("pixels", (9, 84, 84), selfalign.BATCH["pixels"]),
+                              ("pixels", (9, 84, 84), 256)):
+        images = rng.integers(256, size=(2, usual, *shape), dtype=np.uint8)
+        seen, then = images if obs == "pixels" else images.astype(np.float32) / 256
+        batch = (seen, rng.uniform(-1, 1, (usual, 4)).astype(np.float32), rng.standard_normal(usual), np.full(usual, 0.97), then)
+        agent = DrQV2(shape, (4,), **(selfalign.AGENT[obs] if usual == selfalign.BATCH[obs] else {}))
+        timed(f"update, {obs}, batch {usual}, {agent.actor.policy[0].out_features} hidden units", lambda: agent.update(batch, 0),
+              200 if obs == "state" else 5, operations)
+    for obs in ("state", "pixels"):
+        env = PandaEnv("push", obs)
+        env.reset(seed=0)
+
+        def step():
+            if env.step(rng.uniform(-1, 1, 4))[3]:
+                env.reset()
+        timed(f"control step, push, {obs}", step, 600, functions)
+    yield from ()
 
 
 def touch_reward(number):
@@ -273,7 +329,7 @@ def learning(args):
                        peer_seconds if peer_steps else np.inf)
 
 
-MEASURES = {measure.__name__: measure for measure in (environment, update, sampler, theta, learning)}
+MEASURES = {measure.__name__: measure for measure in (environment, update, sampler, theta, learning, profile)}
 
 
 def read(path):
