@@ -250,6 +250,18 @@ def test_wrong_numbers():
     assert f"Within 40,000 steps fixed did not learn {len(broken)}, of which selfalign learnt {sum(map(aligned.get, broken))}." in text
 
 
+def test_touch_with_a_fixed_reward_and_3_8_times_the_steps():
+    runs = {}
+    with open(ROOT / "results" / "touch_fixed_61000.csv") as file:
+        for row in csv.DictReader(file):
+            runs.setdefault(int(row["seed"]), []).append((int(row["step"]), float(row["success"])))
+    aligned = study.read(ROOT / "results" / "study-methods.csv")["touch", "selfalign"]
+    assert 61_000 > 3.8 * statistics.median(study.steps_to_success(run["success"]) for run in aligned.values())
+    assert list(runs) == list(aligned) and {run[-1][0] for run in runs.values()} == {61_000}
+    assert {study.steps_to_success(run) for run in runs.values()} == {float("inf")}
+    assert f"never above {max(success for run in runs.values() for _, success in run):.0%}".replace("%", " %") in README
+
+
 def test_touch_without_its_term_for_speed():
     runs = {}
     with open(ROOT / "results" / "touch_without_speed.csv") as file:
