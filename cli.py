@@ -99,17 +99,18 @@ def start(args: argparse.Namespace) -> tuple[Run, LLM]:
 
     Exits with one line where there is no such run, no such LLM or nothing left to do.
     """
-    run = None
+    run = finished = None
     if args.resume:
         run = Run(args.resume, None)
         vars(args).update({**run.settings, **args.given})
         check(args, lambda reason: sys.exit(f"{args.resume} cannot go on: {reason}"))
         finished = run.finished(args.steps)
-        if finished and (run.folder / "episodes.npz").exists():      # else it was killed before that was written: `train` does so
+        # One that was killed before it had written its episodes is told to `train`, which finds nothing to do, and writes them.
+        if finished and ("steps" in args.given or (run.folder / "episodes.npz").exists()):
             print(f"{args.resume} is finished: {finished}")
             run.close()
             sys.exit()
-    asks = args.reward in ("selfalign", "rewrite") or args.reward == "fixed" and not args.proposal
+    asks = not finished and (args.reward in ("selfalign", "rewrite") or args.reward == "fixed" and not args.proposal)
     try:
         backend, who = choose_backend(args.llm, args.model) if asks else (None, "none is asked")
     except LLMError as error:

@@ -414,7 +414,7 @@ def main():
     if unknown or args.seeds < 1 or args.processes < 1:
         parser.error(f"studies are {', '.join(STUDIES)}; --seeds and --processes are 1 or more")
     if args.studies and (args.collect or args.table or args.figure or args.film):
-        parser.error(f"--collect, --table and --figure take one name each, and run nothing: leave {' '.join(args.studies)} out")
+        parser.error(f"--collect, --table, --figure and --film run nothing: leave {' '.join(args.studies)} out")
     if args.studies:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             return torchrun_worker(list_jobs(args.studies, args.seeds))

@@ -320,6 +320,12 @@ def test_a_signal_stops_at_the_end_of_the_episode_and_the_command_line_goes_on(n
     assert "is finished" in capsys.readouterr().out
 
     (stopped / "episodes.npz").unlink()                    # as SIGKILL leaves it after the last checkpoint
+    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    monkeypatch.setattr("sys.argv", ["selfalign.py", "--resume", str(stopped), "--steps", "300"])
+    with pytest.raises(SystemExit):
+        selfalign.main()
+    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+    monkeypatch.setattr("sys.argv", ["selfalign.py", "--resume", str(stopped)])
     selfalign.main()
     assert files(stopped) == files(whole)
 

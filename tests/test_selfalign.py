@@ -63,7 +63,7 @@ def test_loop_end_to_end_and_what_it_leaves(task, small, capsys):
     assert [int(row["step"]) for row in rows(folder / "metrics.csv")] == [200, 400, 600]
     assert json.loads((folder / "settings.json").read_text())["task"] == task
     kinds = [json.loads(line)["kind"] for line in (folder / "llm.jsonl").read_text().splitlines()]
-    assert kinds[0] == "propose" and kinds.count("rank") <= 2           # none while the skill is nearly learnt
+    assert kinds[0] == "propose" and kinds.count("rank") <= 2           # none while the skill is being learnt
     theta = rows(folder / "theta.csv")
     steps = sorted({int(row["step"]) for row in theta})
     assert steps[0] == 0 and set(steps) <= {0, 300, 600}
