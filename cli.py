@@ -105,7 +105,7 @@ def start(args: argparse.Namespace) -> tuple[Run, LLM]:
         vars(args).update({**run.settings, **args.given})
         check(args, lambda reason: sys.exit(f"{args.resume} cannot go on: {reason}"))
         finished = run.finished(args.steps)
-        # One that was killed before it had written its episodes is told to `train`, which finds nothing to do, and writes them.
+        # One that was killed before it had written its episodes goes to `train`, which finds nothing to do, and so to their writing.
         if finished and ("steps" in args.given or (run.folder / "episodes.npz").exists()):
             print(f"{args.resume} is finished: {finished}")
             run.close()

@@ -283,6 +283,13 @@ def test_a_run_that_is_finished_is_left_as_it_is(begin, monkeypatch, capsys):
     assert not stop.value.code and capsys.readouterr().out == f"{first.folder} is finished: it has had its 700 steps\n"
     assert {path.name: path.read_bytes() for path in first.folder.iterdir()} == before
 
+    (first.folder / "episodes.npz").unlink()               # `train` writes it, and asks nobody
+    monkeypatch.setattr(Run, "finished", lambda run, steps: "the skill was learnt")
+    monkeypatch.setattr(cli, "choose_backend", None)
+    run, llm = begin("--resume", str(first.folder))
+    assert run.folder == first.folder and llm.exchanges == 0
+    run.close()
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_to_stop_and_the_second_stops(number, begin, capsys):

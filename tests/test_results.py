@@ -42,6 +42,24 @@ def steps_to_success(proposal, task, reward, seed):
     return reached[0] if reached else float("inf")
 
 
+def runs_by(name, *key):
+    """{values of `key`: {reward: [(step, success), ...]}} of a file in results/."""
+    runs = {}
+    with open(ROOT / "results" / f"{name}.csv") as file:
+        for row in csv.DictReader(file):
+            case = runs.setdefault(tuple(row[part] for part in key), {})
+            case.setdefault(row["reward"], []).append((int(row["step"]), float(row["success"])))
+    return runs
+
+
+def left_to_itself(run, update):
+    """Whether the rule leaves θ alone at `update` steps of this run; None where it had ended, or learnt, by then."""
+    before = [success for step, success in run if step <= update]
+    if run[-1][0] <= update or study.steps_to_success([*enumerate(before)]) < float("inf"):
+        return None
+    return bool(being_learnt(before))
+
+
 def cell(steps):
     return "–" if steps == float("inf") else f"{steps:,.0f}"
 
@@ -69,6 +87,7 @@ def rewritten_row(name, task, proposal):
     return f"| {name} | {' '.join(both[0])} | {' '.join(both[1])} |"
 
 
+WRONG = runs_by("wrong", "proposal", "parameter", "factor")
 STUDIES = "methods", "weak", "noise", "parts", "often"
 REAL = sorted({(task, proposal) for proposal, task, *_ in RUNS if proposal.isdigit()})
 
@@ -99,10 +118,8 @@ def test_what_a_changed_theta_was_good_for():
 
 def test_seeds_that_were_run_once():
     runs = {}
-    with open(ROOT / "results" / "unseen.csv") as file:
-        for row in csv.DictReader(file):
-            seeds = runs.setdefault(row["proposal"], {})
-            seeds.setdefault(int(row["seed"]), {}).setdefault(row["reward"], []).append((int(row["step"]), float(row["success"])))
+    for (name, seed), both in runs_by("unseen", "proposal", "seed").items():
+        runs.setdefault(name, {})[int(seed)] = both
     assert f"seeds 11 and 12, took {' and '.join(cell(study.steps_to_success(both['selfalign'])) for both in runs.pop('touch-stand-in').values())}" in README
     both, changed = {}, []
     for name, seeds in runs.items():
@@ -124,15 +141,8 @@ def test_seeds_that_were_run_once():
 
 def test_no_theta_changes_while_a_skill_is_being_learnt():
     """Neither by what is known of θ, nor by where runs of a fixed reward and of selfalign part."""
-    pairs = {}
-    for name, key in (("metrics", ("proposal", "task", "seed")), ("wrong", ("proposal", "parameter", "factor")),
-                      ("unseen", ("proposal", "seed"))):
-        with open(ROOT / "results" / f"{name}.csv") as file:
-            for row in csv.DictReader(file):
-                case = pairs.setdefault((name, *(row[part] for part in key)), {})
-                case.setdefault(row["reward"], []).append((int(row["step"]), float(row["success"])))
     parted = 0
-    for both in pairs.values():
+    for both in [*runs_by("metrics", "proposal", "task", "seed").values(), *WRONG.values(), *runs_by("unseen", "proposal", "seed").values()]:
         if {"fixed", "selfalign"} <= set(both):
             step = next((a[0] for a, b in zip(both["fixed"], both["selfalign"]) if a != b), None)
             if step is None:                               # the one had fewer steps
@@ -162,39 +172,26 @@ def test_what_becomes_of_a_skill_that_is_left_alone():
     """Of runs with a fixed reward, or with a θ that never changed, each once."""
     runs = [run for (proposal, task, reward, seed), run in RUNS.items()
             if reward == "fixed" or reward == "selfalign" and (proposal, task, reward, seed) not in CHANGED]
-    wrong = {}
-    with open(ROOT / "results" / "wrong.csv") as file:
-        for row in csv.DictReader(file):
-            case = wrong.setdefault((row["proposal"], row["parameter"], row["factor"]), {})
-            case.setdefault(row["reward"], []).append((int(row["step"]), float(row["success"])))
-    runs += [both.get("fixed", both.get("selfalign")) for both in wrong.values()]
+    runs += [both.get("fixed", both.get("selfalign")) for both in WRONG.values()]
     for name in ("methods", "weak"):
         runs += [run["success"] for (_, variant), seeds in study.read(ROOT / "results" / f"study-{name}.csv").items()
                  if variant.endswith("fixed") for run in seeds.values()]
-    runs, counts = set(map(tuple, runs)), {}
-    for run in runs:
-        for update in (10_000, 20_000, 30_000):
-            before = [success for step, success in run if step <= update]
-            if run[-1][0] > update and study.steps_to_success([*zip(range(len(before)), before)]) == float("inf"):
-                learnt = study.steps_to_success(run) < float("inf")
-                counts.setdefault((update, bool(being_learnt(before))), []).append(learnt)
-    told = {key: (len(learnt), sum(learnt)) for key, learnt in counts.items()}
+
+    def counted(runs):
+        """{(update, whether θ is left alone): (runs, how many of them were learnt)}"""
+        counts = {}
+        for run in runs:
+            for update in (10_000, 20_000, 30_000):
+                counts.setdefault((update, left_to_itself(run, update)), []).append(study.steps_to_success(run) < float("inf"))
+        return {key: (len(learnt), sum(learnt)) for key, learnt in counts.items()}
+    told = counted(set(map(tuple, runs)))
     (left, then), (asked, too) = told[10_000, True], told[10_000, False]
     text = " ".join(README.split())
     assert f"Of {left} different runs with a fixed reward that today's rule would leave alone at 10,000 steps, {then} were learnt" in text
     assert f"within 40,000, of the {asked} others {too}." in text
-    unseen, new = {}, {}
-    with open(ROOT / "results" / "unseen.csv") as file:
-        for row in csv.DictReader(file):
-            case = unseen.setdefault((row["proposal"], row["seed"]), {})
-            case.setdefault(row["reward"], []).append((int(row["step"]), float(row["success"])))
-    for (proposal, _), both in unseen.items():
-        run = both.get("fixed", None if proposal == "touch-stand-in" else both["selfalign"])
-        for update in (10_000, 20_000) if run else ():
-            before = [success for step, success in run if step <= update]
-            if run[-1][0] > update and study.steps_to_success([*zip(range(len(before)), before)]) == float("inf") and being_learnt(before):
-                new.setdefault(update, []).append(study.steps_to_success(run) < float("inf"))
-    assert [(sum(learnt), len(learnt)) for learnt in new.values()] == [(4, 5), (6, 7)]
+    new = counted(both.get("fixed", both["selfalign"]) for (proposal, _), both in runs_by("unseen", "proposal", "seed").items()
+                  if proposal != "touch-stand-in")
+    assert new[10_000, True] == (5, 4) and new[20_000, True] == (7, 6)
     assert "On the unseen seeds 4 of 5 at 10,000 and 6 of 7 at 20,000." in text
     assert told[20_000, True] == (24, 21) and told[30_000, True] == (11, 6)
     assert "of 24 at 20,000 steps 21 were learnt, of 11 at 30,000 six" in text
@@ -249,11 +246,7 @@ def test_wrong_numbers():
 
     def learnt(run, steps):
         return any(now == then == 1 and step <= steps for (_, now), (step, then) in zip(run, run[1:]))
-    runs = {}
-    with open(ROOT / "results" / "wrong.csv") as file:
-        for row in csv.DictReader(file):
-            case = row["proposal"], row["parameter"], row["factor"]
-            runs.setdefault(case, {}).setdefault(row["reward"], []).append((int(row["step"]), float(row["success"])))
+    runs = WRONG
     assert len(runs) == 88 and "the 88 cases" in text
 
     def results(steps):

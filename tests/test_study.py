@@ -249,6 +249,15 @@ def test_a_film_has_a_row_for_each_run_and_moves(small, tmp_path, monkeypatch):
     assert (np.abs(pictures[:, 0] - pictures[:, 5]).max(axis=(1, 2, 3)) > 50).all()
 
 
+@pytest.mark.parametrize("flag", ["--collect", "--table", "--figure", "--film"])
+def test_what_runs_nothing_is_refused_beside_studies(flag, monkeypatch, capsys):
+    monkeypatch.setattr(study, "local_workers", None)
+    monkeypatch.setattr(study.sys, "argv", ["study.py", "weak", flag, "noise"])
+    with pytest.raises(SystemExit) as stop:
+        study.main()
+    assert stop.value.code == 2 and "run nothing: leave weak out" in capsys.readouterr().err
+
+
 def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end():
     assert study.interquartile_mean(np.array([0.0, 9.0, 1.0, 2.0, 100.0])) == 4.0
     np.testing.assert_array_equal(study.interquartile_mean(np.array([[1.0, 4.0], [3.0, 0.0]])), [2.0, 2.0])
