@@ -146,6 +146,11 @@ def start(args: argparse.Namespace) -> tuple[Run, LLM]:
     return run, LLM(Answered(run.answered, backend), run.exchange)
 
 
+def second_core(device: str) -> bool:
+    """Whether evaluations can have a process of their own: a copy of this one, which neither a GPU nor other systems allow."""
+    return sys.platform == "linux" and torch.device(device).type == "cpu" and len(os.sched_getaffinity(0)) > 1
+
+
 def keep_memory() -> None:
     """Lets glibc keep large blocks that are freed, where it is what allocates them.
 
@@ -165,6 +170,8 @@ def ending(run: Run, llm: LLM):
         yield
     except (LLMError, ReplayError) as error:
         failure = f"{error}" + (f"\nEvery exchange is in {run.folder}/llm.jsonl." if llm.exchanges else "")
+    except ChildProcessError as error:
+        failure = f"{error} (by lack of memory?). Go on:  python selfalign.py --resume {run.folder}"
     except FloatingPointError as error:
         failure = f"{error}. The last checkpoint, from before, is kept. A reward of smaller numbers is the cure: --proposal FILE."
     except KeyboardInterrupt:

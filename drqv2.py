@@ -72,12 +72,12 @@ def init_weights(module):
 
 
 class Encoder(nn.Module):
-    """Four 3×3 convolutions of 32 channels, the first of stride 2: (B, C, 84, 84) bytes to (B, 39200) floats."""
+    """3×3 convolutions of 32 channels, one per stride: (B, C, 84, 84) bytes to (B, 39200) floats with strides 2, 1, 1, 1."""
 
-    def __init__(self, obs_shape, precision=torch.float32):
+    def __init__(self, obs_shape, strides=(2, 1, 1, 1), precision=torch.float32):
         super().__init__()
         self.precision, layers = precision, []
-        for channels, stride in ((obs_shape[0], 2), (32, 1), (32, 1), (32, 1)):
+        for channels, stride in zip((obs_shape[0], 32, 32, 32), strides, strict=True):
             layers += [nn.Conv2d(channels, 32, 3, stride), nn.ReLU(inplace=True)]
         self.convnet = nn.Sequential(*layers)
         self.apply(init_weights)
@@ -147,6 +147,8 @@ class DrQV2:
     1992), which follows them at this rate per update and wavers less from one evaluation to the next. It never enters
     training. 1 is the actor itself, as published.
 
+    strides are the encoder's. With 2, 2, 1, 1 an update takes less than half the time, and the critics see a fifth of the features.
+
     precision is that of the convolutions, what they give and their gradients; parameters, their optimiser and all that follows stay
     in float32. torch.bfloat16 takes a third to half off an update's time on processors that have it.
     """
@@ -156,11 +158,12 @@ class DrQV2:
 
     def __init__(self, obs_shape: tuple[int, ...], action_shape: tuple[int], device: str = "cpu", lr: float = 1e-4,
                  feature_dim: int = 50, hidden_dim: int = 1024, tau: float = 0.01, std: tuple = (1.0, 0.1, 100_000),
-                 noise_clip: float = 0.3, saturation: float = 0.0, average: float = 1.0, precision: torch.dtype = torch.float32):
+                 noise_clip: float = 0.3, saturation: float = 0.0, average: float = 1.0, strides: tuple = (2, 1, 1, 1),
+                 precision: torch.dtype = torch.float32):
         self.device, self.lr, self.tau, self.std, self.noise_clip = torch.device(device), lr, tau, std, noise_clip
         self.saturation, self.average = saturation, average
         self.pixels = len(obs_shape) == 3
-        self.encoder = (Encoder(obs_shape, precision) if self.pixels else nn.Identity()).to(self.device)
+        self.encoder = (Encoder(obs_shape, strides, precision) if self.pixels else nn.Identity()).to(self.device)
         self.head = (self.encoder.out_dim if self.pixels else obs_shape[0], action_shape[0], feature_dim, hidden_dim)
         self.reset()
 
@@ -177,6 +180,8 @@ class DrQV2:
         self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=self.lr, fused=True)
         # One optimiser for both: the encoder learns from the critic's loss and from nothing else.
         self.critic_opt = torch.optim.Adam([*self.encoder.parameters(), *self.critic.parameters()], lr=self.lr, fused=True)
+        self.averages = [([*slow.parameters()], [*fast.parameters()], rate) for slow, fast, rate in (
+            (self.critic_target, self.critic, self.tau), (self.greedy, self.actor, self.average))]
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, step: int, explore: bool = True) -> np.ndarray:
@@ -212,19 +217,16 @@ class DrQV2:
         self.critic_opt.step()
 
         h = h.detach()
-        self.critic.requires_grad_(False)      # the actor's gradient flows through Q, not into it
         u = self.actor.preactivation(h)
         q = torch.min(*self.critic(h, truncated_normal(torch.tanh(u), std, self.noise_clip)))
         actor_loss = self.saturation * u.square().mean() - q.mean()
         self.actor_opt.zero_grad(set_to_none=True)
-        actor_loss.backward()
+        actor_loss.backward(inputs=self.actor_opt.param_groups[0]["params"])      # it flows through Q, not into it
         self.actor_opt.step()
-        self.critic.requires_grad_(True)
 
         with torch.no_grad():
-            for slow, fast, rate in ((self.critic_target, self.critic, self.tau), (self.greedy, self.actor, self.average)):
-                for p, q in zip(slow.parameters(), fast.parameters()):
-                    p.lerp_(q, rate)
+            for slow, fast, rate in self.averages:
+                torch._foreach_lerp_(slow, fast, rate)
         losses = {"critic_loss": critic_loss.item(), "actor_loss": actor_loss.item(), "q": q1.mean().item()}
         if not all(map(math.isfinite, losses.values())):
             raise FloatingPointError(f"the losses are no longer numbers: {losses}")

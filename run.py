@@ -174,7 +174,7 @@ class Run:
     def finished(self, steps: int) -> str | None:
         """Why there is nothing to go on with within `steps`; None where there is."""
         if self.saved and self.saved["learnt"]:
-            return f"the skill was learnt at {self.saved['step']:,} steps"
+            return f"the skill was learnt at {self.saved['history']['evaluations'][-1][0]:,} steps"
         if self.saved and self.saved["step"] >= steps:
             return f"it has had its {steps:,} steps; give it more with --steps"
         return None
@@ -268,18 +268,17 @@ class Run:
         self.relabelled = True
         self._write("reward.py", reward.python(change.theta))
 
-    def evaluated(self, step: int, success: float, sparse: float, return_: float, losses: dict, agent) -> None:
-        """One evaluation: a row of metrics.csv, the policy as it is, a line on the screen.
+    def evaluated(self, step: int, success: float, sparse: float, return_: float, losses: dict, policy: bytes) -> None:
+        """One evaluation: a row of metrics.csv, the policy that it was of, a line on the screen.
 
         `return` is R_θ with the present θ, so it compares evaluations between two changes of θ only; `sparse`, the sum of
         the sparse reward, compares all of them, between runs too.
         """
         self.due = True
         self._row("metrics.csv", step, success, sparse, return_, *losses.values())
-        policy, state = io.BytesIO(), agent.state_dict()
-        torch.save({name: state[name] for name in agent.ACTS}, policy)
-        self._write("policy.pt", policy.getvalue())
-        speed = (step - (self.saved["step"] if self.saved else 0)) / (time.monotonic() - self.started)
+        self._write("policy.pt", policy)
+        lived = max(step, self.state.step if self.state else 0)        # training may be ahead
+        speed = (lived - (self.saved["step"] if self.saved else 0)) / (time.monotonic() - self.started)
         left = time.strftime("%H:%M:%S", time.gmtime((self.steps - step) / speed))
         print(f"{step:>8,} steps | success {success:>4.0%} {'█' * round(success * 20):·<20} | {self.measure} {return_:>8.2f} | "
               f"{speed:4.0f} steps/s | at most {left} left", flush=True)

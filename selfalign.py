@@ -10,7 +10,12 @@ where it agrees, or hardly anything succeeds, and the robot gets no better, the 
 algorithm, top to bottom.
 """
 
+import contextlib
+import io
 import math
+import multiprocessing
+import os
+import signal
 import sys
 from collections import namedtuple
 from dataclasses import dataclass, field
@@ -18,14 +23,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from cli import ending, parse_args, play, start
+from cli import ending, parse_args, play, second_core, start
 from drqv2 import DrQV2, ReplayBuffer
 from envs import TASKS, PandaEnv
 from llm import LLM, LLMError
 from mh import Posterior, SamplerError, preference_loss, sample_posterior
 from questions import analyse_failure, propose_reward, rank_attempts, rewrite_reward
 from reward import Reward, RTheta
-from run import Run, Screen, State, print_analysis, print_posterior, print_ranking, print_reward
+from run import Run, Screen, State, np_random, print_analysis, print_posterior, print_ranking, print_reward
 
 UPDATE_EVERY = 10_000      # environment steps between two updates of θ: a period
 RESET_EVERY = 10_000       # environment steps after which networks start anew if nothing has succeeded in them
@@ -40,7 +45,7 @@ BETTER = 0.6               # no analysis while the LLM prefers the newest attemp
 EXPLORE_STEPS = 1_000      # uniform random actions first
 
 # Smaller networks and batches than DrQ-v2's own, and larger steps, for two cores.
-AGENT = {"pixels": dict(lr=3e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005),
+AGENT = {"pixels": dict(lr=3e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005, strides=(2, 2, 1, 1)),
          "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
 BATCH = {"pixels": 64, "state": 128}
 
@@ -74,13 +79,13 @@ class History:
 
 
 def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: int = 1, steps: int = 60_000,
-          device: str = "cpu", proposal: str | None = None, precision: str = "float32") -> int | None:
+          device: str = "cpu", proposal: str | None = None, precision: str = "float32", beside: bool = False) -> int | None:
     """Algorithm 1. Returns the number of environment steps to 100 % success, or None within `steps`.
 
         R_θ ← the LLM proposes a reward                                               propose_reward
         repeat
             train the DrQ-v2 policy on R_θ                                            DrQV2.update
-            stop when every evaluation episode succeeds, twice running                evaluate
+            stop when every evaluation episode succeeds, twice running                Evaluations, evaluate
             every 10,000 environment steps, unless the skill is being learnt:         being_learnt
                 T ← K trajectories of the replay buffer                               choose_trajectories
                 rank T by the LLM; D ← D ∪ its pairs                                  rank_attempts, pairs_of
@@ -93,7 +98,7 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
     are vectors, or (9, H, W) bytes: the last three RGB frames, the newest at the end.
     task: an envs.Task, or anything with its fields. method: "selfalign"; "rewrite" lets the LLM write R_θ anew (see `new_theta`);
     "fixed" keeps the first R_θ; "sparse" trains on the environment's own reward. proposal: a file with the first reward, instead of
-    asking for one. precision: of convolutions, "float32" or "bfloat16".
+    asking for one. precision: of convolutions, "float32" or "bfloat16". beside: evaluate in a process of its own, for a second core.
 
     Raises LLMError without a usable first reward: an answer that cannot be used goes back to the LLM with the reason, up to
     llm.ATTEMPTS times. A ranking that fails in the same way is skipped, an analysis too. Raises ValueError for features that are
@@ -128,12 +133,14 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
     state = run.state = State(agent, buffer, r_theta, history, env, eval_env, rng, rank_rng)
     if run.restore():
         if state.learnt or state.step >= steps:            # there is nothing left to do
-            return state.step - EVAL_EVERY if state.learnt else None
+            return history.evaluations[-2][0] if state.learnt else None
         obs, _ = env.reset()
+    evaluations = Evaluations(agent, eval_env, r_theta, beside)
     buffer.begin(obs)
     step, update_at = state.step, UPDATE_EVERY * max(1, math.ceil(state.step / UPDATE_EVERY))
     while True:
-        for step in range(step + 1, min(update_at, steps) + 1):
+        limit = min(update_at, steps)
+        for step in range(step + 1, limit + 1):
             # train the DrQ-v2 policy on R_θ
             action = (rng.uniform(-1, 1, action_shape) if step <= EXPLORE_STEPS else
                       agent.act(obs, step - state.explore_since))
@@ -149,14 +156,16 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
 
             # stop when every evaluation episode succeeds, twice running
             if step % EVAL_EVERY == 0 and step > EXPLORE_STEPS:
-                success, sparse_return, return_ = evaluate(agent, eval_env, r_theta, EVAL_EPISODES)
-                history.evaluations.append((step, success))
-                run.evaluated(step, success, sparse_return, return_, losses, agent)
+                evaluations.begin(step, losses)
+            if evaluations.due(step, at_once=step == limit or run.stopping):
+                evaluation = evaluations.end()
+                history.evaluations.append(evaluation[:2])
+                run.evaluated(*evaluation)
             state.step, state.learnt = step, history.successes[-2:] == [1.0, 1.0]
-            if terminated or truncated or state.learnt:
+            if state.learnt or (terminated or truncated) and not evaluations.begun:
                 run.checkpoint(last=state.learnt or step == steps)
             if state.learnt:
-                return step - EVAL_EVERY
+                return history.evaluations[-2][0]
         if step == steps:
             return None
 
@@ -204,6 +213,77 @@ def random_features(env, task) -> np.ndarray:
             rows.append(list(info["features"].values()))
             over = terminated or truncated
     return np.array(rows)
+
+
+class Evaluations:
+    """`evaluate` on the policy as it is at `begin`: at `end`, or, beside the training, in a process of its own.
+
+    That process is a copy of this one, environment included. Each time it gets the policy, R_θ and the generator of the episodes'
+    starts, so what comes of it is the same to the bit. Training is a quarter of EVAL_EVERY steps ahead when it takes the result;
+    once the skill is learnt, these are in vain.
+    """
+
+    def __init__(self, agent: DrQV2, env, r_theta: RTheta | None, beside: bool):
+        self.agent, self.env, self.r_theta = agent, env, r_theta
+        self.begun, self.ahead, self.pipe = None, 0, None
+        if beside:
+            fork = multiprocessing.get_context("fork")
+            self.ahead, (self.pipe, its) = EVAL_EVERY // 4, fork.Pipe()
+            fork.Process(target=self._serve, args=(its,), daemon=True).start()
+            its.close()
+
+    def begin(self, step: int, losses: dict) -> None:
+        """Takes the policy at `step`; losses are kept beside it."""
+        policy = io.BytesIO()
+        torch.save({name: getattr(self.agent, name).state_dict() for name in self.agent.ACTS}, policy)
+        self.begun = step, losses, policy.getvalue()
+        if self.pipe:
+            generator = np_random(self.env)
+            with contextlib.suppress(OSError):             # `end` says that nobody is there
+                self.pipe.send((self.begun[-1], self.r_theta and self.r_theta.state_dict(), generator and generator.bit_generator.state))
+
+    def due(self, step: int, at_once: bool) -> bool:
+        """Whether to call `end` at `step`."""
+        return self.begun is not None and (at_once or step >= self.begun[0] + self.ahead)
+
+    def end(self) -> tuple:
+        """(step, *what `evaluate` returns, losses, policy as torch.save writes it). Raises what `evaluate` raises, and
+        ChildProcessError where its process is gone."""
+        if self.pipe:
+            try:
+                result, generator = self.pipe.recv()
+            except (EOFError, OSError):
+                raise ChildProcessError("the process that evaluates the policy was killed") from None
+            if isinstance(result, Exception):
+                raise result
+            if generator:
+                np_random(self.env).bit_generator.state = generator
+        else:
+            result = evaluate(self.agent, self.env, self.r_theta, EVAL_EPISODES)
+        (step, losses, policy), self.begun = self.begun, None
+        return step, *result, losses, policy
+
+    def _serve(self, pipe):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is for the training, whose end of the pipe ends this
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.closerange(3, pipe.fileno())                    # that end, and what keeps others out of the run's folder
+        os.closerange(pipe.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+        torch.set_num_threads(1)
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                policy, r_theta, starts = pipe.recv()
+                for name, part in torch.load(io.BytesIO(policy), weights_only=True).items():
+                    getattr(self.agent, name).load_state_dict(part)
+                if r_theta:
+                    self.r_theta.load_state_dict(r_theta)
+                generator = np_random(self.env)
+                if generator:
+                    generator.bit_generator.state = starts
+                try:
+                    result = evaluate(self.agent, self.env, self.r_theta, EVAL_EPISODES)
+                except Exception as error:
+                    result = error
+                pipe.send((result, generator and generator.bit_generator.state))
 
 
 def evaluate(agent: DrQV2, env, r_theta: RTheta | None, episodes: int) -> tuple[float, float, float]:
@@ -429,7 +509,7 @@ def main():
     run, llm = start(args)
     with ending(run, llm):
         steps = train(lambda: PandaEnv(args.task, args.obs), TASKS[args.task], llm, run, args.reward, args.seed, args.steps, args.device,
-                      args.proposal, args.precision)
+                      args.proposal, args.precision, beside=second_core(args.device))
         print(f"\nDone: {args.task} reached {EVAL_EPISODES} of {EVAL_EPISODES} at {steps:,} environment steps, and again "
               f"{EVAL_EVERY:,} steps later." if steps else f"\nNot learnt within {args.steps:,} environment steps.")
 

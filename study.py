@@ -140,7 +140,8 @@ def execute(job):
             ["--task", job.task, "--seed", str(job.seed), "--steps", str(STEPS), "--out", str(where), *job.flags])
     where.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        for name, value in {**job.names, "sys.argv": ["selfalign.py", *argv]}.items():
+        # Other runs are at work on the other cores, so evaluations get no process of their own.
+        for name, value in {**job.names, "second_core": lambda device: False, "sys.argv": ["selfalign.py", *argv]}.items():
             stack.enter_context(mock.patch(f"selfalign.{name}", value))
         log = stack.enter_context(open(f"{where}.log", "a", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(log))

@@ -21,6 +21,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import cli
 import selfalign
 from llm import LLM, Answered
 from mh import sample_posterior
@@ -36,7 +37,8 @@ def small_run(folder, method):
             path.unlink()
     settings = None if (folder / "settings.json").exists() else {"task": "reach", "reward": method, "obs": "state", "seed": 5, "steps": 1500}
     run = Run(folder, settings)
-    selfalign.train(Dot, TASK, LLM(Answered(run.answered, StandIn()), run.exchange), run, method, 5, 1500, proposal=str(folder.parent / "r.py"))
+    selfalign.train(Dot, TASK, LLM(Answered(run.answered, StandIn()), run.exchange), run, method, 5, 1500, proposal=str(folder.parent / "r.py"),
+                    beside=cli.second_core("cpu"))
     run.close()
 
 

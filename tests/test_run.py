@@ -3,10 +3,12 @@
 import builtins
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -88,12 +90,12 @@ def go(small, monkeypatch, tmp_path):  # noqa: F811
     real, runs = Run._lock, []
     monkeypatch.setattr(Run, "_lock", lambda kept: (runs.append(kept), real(kept)))
 
-    def run(name, method="selfalign", env=Dot, steps=700):
+    def run(name, method="selfalign", env=Dot, steps=700, beside=False):
         folder = tmp_path / name
         try:
             kept = Run(folder, None if folder.exists() else {"task": "reach", "reward": method, "obs": "state", "seed": 5, "steps": steps})
             selfalign.train(env, TASK, LLM(Answered(kept.answered, Writer()), kept.exchange), kept, method, 5, steps,
-                            proposal=str(tmp_path / "r.py"))
+                            proposal=str(tmp_path / "r.py"), beside=beside)
             kept.close()
         finally:
             for kept in runs:                                         # what the end of a process does
@@ -148,6 +150,72 @@ def test_a_run_that_is_cut_anywhere_goes_on_as_if_nothing_had_happened(method, e
             go("cut", method, env, steps)
     else:
         assert files(go("cut", method, env, steps)) == WHOLE[method, env]
+
+
+needs_fork = pytest.mark.skipif(not cli.second_core("cpu"), reason="evaluations have a process of their own on Linux with two cores only")
+
+
+@needs_fork
+@pytest.mark.parametrize("method, env", [("selfalign", Dot), ("sparse", Dot), ("rewrite", Dot), ("fixed", Picture)])
+def test_evaluations_in_a_process_of_their_own_change_nothing(method, env, go, monkeypatch):
+    steps = 500 if env is Picture else 700
+    here, evaluated, real = go("here", method, env, steps), [], selfalign.evaluate
+    monkeypatch.setattr(selfalign, "evaluate", lambda *args: (evaluated.append(1), real(*args))[1])
+    assert files(go("beside", method, env, steps, beside=True)) == files(here) and not evaluated
+
+
+@needs_fork
+@pytest.mark.parametrize("owner, name, count", [(run_module.os, "fsync", 4), (selfalign, "rank_attempts", 2), (selfalign.ReplayBuffer, "sample", 150)])
+def test_with_them_a_run_that_is_cut_goes_on_as_well(owner, name, count, go, monkeypatch):
+    whole = files(go("whole"))
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_at(patch, count, owner, name)
+        go("cut", beside=True)
+    assert files(go("cut", beside=True)) == whole
+
+
+@needs_fork
+def test_a_skill_that_is_learnt_beside_the_training_was_learnt_at_the_same_step(go, monkeypatch):
+    results = dict.fromkeys(range(100, 800, 100), 0.5) | {300: 1.0, 400: 1.0}
+
+    class Here(selfalign.Evaluations):                                # says what the results are, by the step
+        def end(self):
+            step, _, *rest = super().end()
+            return step, results[step], *rest
+    monkeypatch.setattr(selfalign, "Evaluations", Here)
+    monkeypatch.setattr(selfalign, "EVAL_EVERY", 100)
+    here, beside = go("here", "fixed"), go("beside", "fixed", beside=True)
+    for folder in (here, beside):
+        assert [line.split(",")[:2] for line in (folder / "metrics.csv").read_text().splitlines()[1:]] == [
+            ["200", "0.5"], ["300", "1"], ["400", "1"]]
+        assert Run(folder, None).finished(700) == "the skill was learnt at 400 steps"
+    for name in ("metrics.csv", "policy.pt"):
+        assert (here / name).read_bytes() == (beside / name).read_bytes()
+    with np.load(here / "episodes.npz") as before, np.load(beside / "episodes.npz") as after:
+        assert len(before.files) == 20 and len(after.files) == 21      # a quarter of EVAL_EVERY ahead
+        assert all(np.array_equal(before[name], after[name]) for name in before.files)
+
+
+@needs_fork
+def test_errors_of_an_evaluation_reach_the_training(go, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(selfalign, "evaluate", lambda *_: 1 / 0)
+        go("broken", beside=True)
+    training = os.getpid()
+    monkeypatch.setattr(selfalign, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != training else None)
+    with pytest.raises(ChildProcessError, match="was killed"):
+        go("killed", beside=True)
+
+
+@needs_fork
+def test_a_process_that_evaluates_keeps_nobody_out_of_a_folder(go, monkeypatch, tmp_path):
+    monkeypatch.setattr(selfalign, "evaluate", lambda *_: time.sleep(60))
+    with pytest.raises(Cut) as cut, monkeypatch.context() as patch:
+        cut_at(patch, 60, selfalign.ReplayBuffer, "sample")           # while it evaluates
+        go("cut", beside=True)
+    child, = multiprocessing.active_children()
+    assert Run(tmp_path / "cut", None).saved is None and child.is_alive() and cut
+    child.kill()
 
 
 def test_more_steps_go_on_as_if_they_had_been_asked_for_at_first(go):
@@ -341,7 +409,7 @@ def test_train_goes_no_further_than_it_has_been_told(small):  # noqa: F811
         task = TASKS[run.settings["task"]]
         result = selfalign.train(lambda: PandaEnv(task), task, LLM(None, run.exchange), run, "fixed", run.settings["seed"], steps)
         run.close()
-        assert result == (saved["step"] - selfalign.EVAL_EVERY if learnt else None) and files(folder) == before
+        assert result == (saved["history"]["evaluations"][-2][0] if learnt else None) and files(folder) == before
 
 
 def test_a_damaged_checkpoint_costs_nothing_that_the_folder_holds(small, monkeypatch):  # noqa: F811
@@ -477,11 +545,11 @@ def test_a_terminal_that_knows_no_greek_shows_question_marks():
 
 
 def test_an_evaluation_tells_how_fast_it_goes_and_how_long_it_may_take(capsys, monkeypatch, tmp_path):
-    agent = selfalign.DrQV2((2,), (1,), hidden_dim=8)
     monkeypatch.setattr(run_module.time, "monotonic", lambda: 100.0)
     kept = Run(tmp_path / "timed", {"task": "t", "steps": 10_000})
     monkeypatch.setattr(run_module.time, "monotonic", lambda: 110.0)
-    kept.evaluated(2_000, 0.25, 1.5, 3.25, {"critic_loss": 1.0, "actor_loss": 2.0, "q": 3.0}, agent)
+    kept.evaluated(2_000, 0.25, 1.5, 3.25, {"critic_loss": 1.0, "actor_loss": 2.0, "q": 3.0}, b"policy")
+    assert (kept.folder / "policy.pt").read_bytes() == b"policy"
     assert capsys.readouterr().out == ("   2,000 steps | success  25% █████··············· | sparse return     3.25 |  200 steps/s | "
                                        "at most 00:00:40 left\n")
     kept.close()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 import questions
 import selfalign
 from envs import TASKS, Feature, PandaEnv, Space, Task
@@ -990,7 +991,8 @@ def test_losses_that_are_no_numbers_stop_the_run_with_its_last_checkpoint(small,
         small("--reward", "fixed", "--out", str(tmp_path / "nan"))
     assert calls[0] == 201
     state = torch.load(tmp_path / "nan" / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 400 and all(torch.isfinite(p).all() for p in state["agent"]["critic"].values())
+    ahead = 50 if cli.second_core("cpu") else 0            # how far training is when it takes the result of an evaluation
+    assert state["step"] == 400 + ahead and all(torch.isfinite(p).all() for p in state["agent"]["critic"].values())
 
 
 def test_a_trajectory_of_infinite_return_does_not_cost_the_others():
