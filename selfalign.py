@@ -509,7 +509,7 @@ def main():
     run, llm = start(args)
     with ending(run, llm):
         steps = train(lambda: PandaEnv(args.task, args.obs), TASKS[args.task], llm, run, args.reward, args.seed, args.steps, args.device,
-                      args.proposal, args.precision, beside=second_core(args.device))
+                      args.proposal, args.precision, beside=args.obs == "state" and second_core(args.device))
         print(f"\nDone: {args.task} reached {EVAL_EPISODES} of {EVAL_EPISODES} at {steps:,} environment steps, and again "
               f"{EVAL_EVERY:,} steps later." if steps else f"\nNot learnt within {args.steps:,} environment steps.")
 
