@@ -213,8 +213,9 @@ class PandaEnv:
         self._sim = BulletClient(pybullet.GUI if render_mode == "human" else pybullet.DIRECT)
         if not self._sim.isConnected():
             raise RuntimeError("PyBullet could not open a window: is there a display? Use render_mode='rgb_array'")
-        # BulletClient looks a function up and wraps it at every call; these are called in every substep.
-        for name in ("stepSimulation", "getBasePositionAndOrientation", "applyExternalForce", "getContactPoints"):
+        # BulletClient looks a function up and wraps it at every call; these are called in every step.
+        for name in ("stepSimulation", "getBasePositionAndOrientation", "applyExternalForce", "getContactPoints", "getBaseVelocity",
+                     "getLinkState", "getJointStates", "setJointMotorControlArray", "calculateInverseKinematics"):
             setattr(self._sim, name, getattr(self._sim, name))
         self._build()
 

@@ -112,7 +112,13 @@ def parts(seeds):
             for jobs in whole for variant in ("", *variants) for job in jobs]
 
 
-STUDIES = {study.__name__: study for study in (methods, weak, noise, parts, often)}
+def pixels(seeds):
+    """Each task from images. One run takes all cores: --processes 1."""
+    return [Job("pixels", task, "selfalign", seed, ("--obs", "pixels", "--precision", "bfloat16", *OFFLINE))
+            for seed in seeds for task in TASKS]
+
+
+STUDIES = {study.__name__: study for study in (methods, weak, noise, parts, often, pixels)}
 
 
 def folder(job):
@@ -154,12 +160,14 @@ def execute(job):
     rows = evaluations(where)
     if steps_to_success(rows) == np.inf and (not rows or rows[-1][0] < STEPS):
         return False
+    trained, threads = time.monotonic() - began, torch.get_num_threads()
     torch.set_num_threads(1)
     env, agent = load_policy(where, selfalign.AGENT)
     env.reset(seed=2_000_000 + job.seed)
     success, *_ = selfalign.evaluate(agent, env, None, JUDGED)
+    torch.set_num_threads(threads)                     # of the next run, which may be one from images
     part = where / "judged.json.part"
-    part.write_text(json.dumps({"success": success, "seconds": time.monotonic() - began}))
+    part.write_text(json.dumps({"success": success, "seconds": time.monotonic() - began, "trained": trained}))
     os.replace(part, where / "judged.json")
     return True
 
@@ -254,6 +262,8 @@ def collect(study, jobs):
             run, rows = (job.task, job.variant, job.seed), evaluations(folder(job))
             writer.writerows([*run, step, "success", success] for step, success in rows)
             writer.writerow([*run, rows[-1][0], f"success of {JUDGED}", judged(job)["success"]])
+            if "trained" in judged(job):               # of a run that was cut short, since it went on
+                writer.writerow([*run, rows[-1][0], "seconds", f"{judged(job)['trained']:.0f}"])
             with open(folder(job) / "theta.csv", newline="", encoding="utf-8") as thetas:
                 writer.writerows([*run, row["step"], f"{bound}θ {row['name']}", f"{float(row[column]):.4g}"] for row in csv.DictReader(thetas)
                                  for bound, column in (("", "value"), ("low ", "low"), ("high ", "high")) if row[column])
