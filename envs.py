@@ -245,9 +245,10 @@ class PandaEnv:
             BLOCK_MASS, self._sim.createCollisionShape(pybullet.GEOM_BOX, halfExtents=box),
             self._sim.createVisualShape(pybullet.GEOM_BOX, halfExtents=box, rgbaColor=(0.9, 0.2, 0.1, 1.0)))
         self._sim.changeDynamics(self._block, -1, lateralFriction=BLOCK_FRICTION)
-        # A flat green disc without collision shape marks the goal; where there is none, images show by it where the block started,
-        # which states tell too and limits may ask for.
-        self._has_marker = self.obs == "pixels" or "goal" in self.task.start(self.np_random.uniform)
+        # A flat green disc without collision shape marks the goal; in images of a task whose limits are on the block's displacement
+        # it marks where the block started, which states tell, and nothing else in an image does.
+        shown = self.obs == "pixels" and "block_displacement" in [name for name, *_ in self.task.limits]
+        self._has_marker = shown or "goal" in self.task.start(self.np_random.uniform)
         if self._has_marker:
             self._marker = self._sim.createMultiBody(0, -1, self._sim.createVisualShape(
                 pybullet.GEOM_CYLINDER, radius=0.03, length=0.002, rgbaColor=(0.1, 0.7, 0.2, 1.0)))
