@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from drqv2 import DrQV2, Encoder, ReplayBuffer, linear_schedule, random_shift, truncated_normal
+from drqv2 import DrQV2, ReplayBuffer, linear_schedule, random_shift, truncated_normal
 
 
 def fill(buffer, lengths, terminated=False, first=0):
@@ -254,27 +254,34 @@ def batch_of(rng, size=16, obs=3, actions=2):
             rng.uniform(0, 1, size), rng.standard_normal((size, obs)))
 
 
-def encoded(p, obs):
+def encoded(p, obs, strides=(2, 1, 1, 1)):
     """Four 3×3 convolutions, written as sums over patches; states are what they are."""
     if obs.dim() == 2:
         return obs
     x = obs / 255 - 0.5
-    for layer, stride in ((0, 2), (2, 1), (4, 1), (6, 1)):
+    for layer, stride in zip((0, 2, 4, 6), strides):
         patches = x.unfold(2, 3, stride).unfold(3, 3, stride)
         x = torch.einsum("bchwij,ocij->bohw", patches, p[f"convnet.{layer}.weight"])
         x = torch.clamp(x + p[f"convnet.{layer}.bias"][:, None, None], min=0)
     return x.reshape(len(x), -1)
 
 
-def test_encoder_is_four_convolutions_of_centred_pixels():
+@pytest.mark.parametrize("strides, features", [((2, 1, 1, 1), 39200), ((2, 2, 1, 1), 8192)])
+def test_encoder_is_four_convolutions_of_centred_pixels(strides, features):
     torch.manual_seed(0)
-    encoder = Encoder((9, 84, 84))
+    encoder = DrQV2((9, 84, 84), (4,), hidden_dim=8, strides=strides).encoder
     with torch.no_grad():
         for p in encoder.parameters():
             p.add_(0.01 * torch.randn_like(p))                       # biases are zero at first
         images = torch.randint(0, 256, (2, 9, 84, 84)).float()
-        assert encoder(images).shape == (2, 39200)
-        torch.testing.assert_close(encoder(images), encoded(encoder.state_dict(), images), rtol=0, atol=1e-5)
+        assert encoder(images).shape == (2, features)
+        torch.testing.assert_close(encoder(images), encoded(encoder.state_dict(), images, strides), rtol=0, atol=1e-5)
+
+
+def test_the_encoder_is_the_papers_by_default_and_has_four_strides():
+    assert DrQV2((9, 84, 84), (4,), hidden_dim=8).encoder.out_dim == 39200
+    with pytest.raises(ValueError):
+        DrQV2((9, 84, 84), (4,), strides=(2, 2, 1))
 
 
 def test_weights_start_orthogonal_and_biases_at_zero():

@@ -474,6 +474,19 @@ def test_pixels_are_three_stacked_frames_that_show_the_scene():
     env.close()
 
 
+@pytest.mark.parametrize("task, start, goal", [("touch", True, False), ("grasp", False, False), ("push", False, True)])
+def test_images_show_the_goal_or_where_a_block_that_must_stay_near_it_has_started(task, start, goal):
+    env = PandaEnv(task, obs="pixels")
+    env.reset(seed=0)
+    x, y, z = env._block_position
+    env._sim.resetBasePositionAndOrientation(env._block, (x + 0.1, y + 0.1, z), (0, 0, 0, 1))     # it no longer hides the disc
+    frame = env.step(np.zeros(4))[0][6:].astype(int)
+    green = (frame[1] > frame[0] + 40) & (frame[1] > frame[2] + 40)
+    assert (green.sum() > 15) == (start or goal)
+    assert np.allclose(env._goal, [x, y]) != goal
+    env.close()
+
+
 def test_a_policy_is_shown_with_the_images_that_it_has_learnt_from():
     trained, shown = PandaEnv("push", obs="pixels"), PandaEnv("push", obs="pixels", render_mode="rgb_array")
     for one, other in zip(trained.reset(seed=0)[:1] + trained.step([1, 0, 0, 0])[:1], shown.reset(seed=0)[:1] + shown.step([1, 0, 0, 0])[:1]):
