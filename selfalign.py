@@ -264,7 +264,7 @@ class Evaluations:
         return step, *result, losses, policy
 
     def _serve(self, pipe):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is for the training, whose end of the pipe ends this
+        os.setpgrp()                                       # Ctrl-C is for the training, whose end of the pipe ends this
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.closerange(3, pipe.fileno())                    # that end, and what keeps others out of the run's folder
         os.closerange(pipe.fileno() + 1, os.sysconf("SC_OPEN_MAX"))

@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +218,22 @@ def test_a_process_that_evaluates_keeps_nobody_out_of_a_folder(go, monkeypatch, 
     child, = multiprocessing.active_children()
     assert Run(tmp_path / "cut", None).saved is None and child.is_alive() and cut
     child.kill()
+
+
+@needs_fork
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(number, tmp_path):
+    code = ("import sys, selfalign; selfalign.EVAL_EVERY, selfalign.EXPLORE_STEPS = 200, 100; "
+            f"sys.argv = ['selfalign.py', '--reward', 'sparse', '--out', {str(tmp_path / 'run')!r}]; selfalign.main()")
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=Path(selfalign.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, start_new_session=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (tmp_path / "run" / "checkpoint.pt").exists():
+        time.sleep(0.05)
+    os.killpg(run.pid, number)
+    said, complained = run.communicate(timeout=60)
+    assert "Stopped. Go on" in said and run.returncode == 0 and "Traceback" not in complained
+    assert (tmp_path / "run" / "episodes.npz").exists()
 
 
 def test_more_steps_go_on_as_if_they_had_been_asked_for_at_first(go):
