@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import selfalign
-from cli import keep_memory
+from cli import keep_memory, second_core
 from drqv2 import DrQV2
 from envs import TASKS, PandaEnv
 from llm import LLM, read_code
@@ -240,7 +240,7 @@ def train_ours(task, seed, steps):
         run = Run(folder, dict(task=task, reward="fixed", obs="state", seed=seed, steps=steps))
         started = time.perf_counter()
         learnt = selfalign.train(lambda: PandaEnv(task), TASKS[task], LLM(None, run.exchange), run, "fixed", seed, steps,
-                                 proposal=str(proposal(task)))
+                                 proposal=str(proposal(task)), beside=second_core("cpu"))      # as our command line
         seconds = time.perf_counter() - started
         run.close()
     return seconds, learnt
@@ -323,7 +323,7 @@ def learning(args):
     for task in TASKS:
         for seed in range(1, args.seeds + 1):
             seconds, steps = timed("ours", 1, ours, task, seed)        # one thread, as our command line
-            for algorithm in (SAC, TD3):
+            for algorithm in (peer for peer in (SAC, TD3) if peer.__name__ in args.peers):
                 peer_seconds, peer_steps = timed(algorithm.__name__, cores, theirs, algorithm, task, seed)
                 yield (f"s to 100 %, {task}", f"Stable-Baselines3, {algorithm.__name__}", seconds if steps else np.inf,
                        peer_seconds if peer_steps else np.inf)
@@ -376,6 +376,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
     parser.add_argument("--seeds", type=int, default=3, help="of learning (default: 3)")
     parser.add_argument("--steps", type=int, default=40_000, help="of learning, at most (default: 40000)")
+    parser.add_argument("--peers", nargs="+", choices=("SAC", "TD3"), default=("SAC", "TD3"), help="of learning (default: both)")
     parser.add_argument("--device", default="cpu", help="of update (default: cpu)")
     parser.add_argument("--drqv2", help="a clone of github.com/facebookresearch/drqv2")
     parser.add_argument("--aprel", help="a clone of github.com/Stanford-ILIAD/APReL")
