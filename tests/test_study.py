@@ -19,7 +19,7 @@ def test_every_job_has_a_folder_of_its_own_and_changes_what_there_is():
     folders = {}
     for job in jobs:                                                  # the usual run stands in several studies, once on disk
         assert folders.setdefault(study.folder(job), job)[:5] == job[:5]
-    assert len(folders) == 3 * (3 * 3 + 6 + 3 + 2 * 5 + 2)
+    assert len(folders) == 3 * (3 * 3 + 6 + 3 + 2 * 5 + 2 + 3)
     assert all(hasattr(selfalign, name) for job in jobs for name in job.names)
     assert len(study.list_jobs(["methods"], 5)) == 3 * 3 * 5
 
@@ -56,7 +56,8 @@ def test_a_run_is_trained_judged_and_collected(small, capsys):
     study.collect("methods", jobs)
     runs = study.read("results/study-methods.csv")
     assert list(runs) == [("push", "sparse"), ("push", "fixed"), ("push", "selfalign")]
-    assert list(runs["push", "sparse"][1]) == ["success", "success of 3"]
+    assert list(runs["push", "sparse"][1]) == ["success", "success of 3", "seconds"]
+    assert runs["push", "sparse"][1]["seconds"] == [(800, round(study.judged(jobs[0])["trained"]))]
     measures = runs["push", "selfalign"][1]
     assert [step for step, _ in measures["success"]] == [200, 400, 600, 800]
     assert measures["success of 3"] == [(800, study.judged(jobs[2])["success"])]
