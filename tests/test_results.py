@@ -88,7 +88,7 @@ def rewritten_row(name, task, proposal):
 
 
 WRONG = runs_by("wrong", "proposal", "parameter", "factor")
-STUDIES = "methods", "weak", "noise", "parts", "often"
+STUDIES = "methods", "weak", "noise", "parts", "often", "pixels"
 REAL = sorted({(task, proposal) for proposal, task, *_ in RUNS if proposal.isdigit()})
 
 
@@ -203,20 +203,45 @@ def test_steps_where_a_language_model_writes_the_reward_anew():
         assert CHANGED >= {(*row[:0:-1], "rewrite", seed) for seed in (1, 2, 3)}
 
 
-def test_push_from_pixels():
+def pixel_row(task, seed, run):
+    """A run of study-pixels.csv."""
+    steps, ((_, seconds),), ((_, judged),) = study.steps_to_success(run["success"]), run["seconds"], run[f"success of {study.JUDGED}"]
+    return f"| {task} {seed} | {cell(steps)} | {seconds / 60:.1f} | {judged:.0%} |"
+
+
+def test_runs_from_pixels():
+    runs = {task: seeds for (task, _), seeds in study.read(ROOT / "results" / "study-pixels.csv").items()}
+    for task, seeds in runs.items():
+        for seed, run in seeds.items():
+            assert pixel_row(task, seed, run) in README
+    first, second = ({step: success for step, success in runs["touch"][seed]["success"]} for seed in (1, 2))
+    assert {first[step] for step in range(11_000, 41_000, 1_000)} >= {0.45, 1.0} and min(first[step] for step in range(11_000, 41_000, 1_000)) == 0.45
+    before, after = ([second[step] for step in range(start, end, 1_000)] for start, end in ((11_000, 21_000), (21_000, 40_000)))
+    assert (min(before), max(before), min(after), max(after), second[40_000]) == (0.35, 0.8, 0.7, 0.95, 1.0)
+    assert runs["touch"][2]["θ contact_threshold"][-1] == (20_000, 0.1641) and "0.164 N" in README
+    unchanged = {task: [seed for seed, run in seeds.items() if all(len({value for _, value in rows}) == 1 for name, rows in run.items()
+                                                                   if name.startswith("θ "))] for task, seeds in runs.items()}
+    assert 1 in unchanged["push"] and 1 in unchanged["grasp"] and 1 in unchanged["touch"]
+
+
+def test_trials_from_pixels():
     runs, ends = {}, {}
     with open(ROOT / "results" / "pixels.csv") as file:
         for row in csv.DictReader(file):
-            key = row["task"], int(row["seed"]), row["batch"]
+            key = row["task"], int(row["seed"]), row["encoder"], row["disc"], row["camera"], row["batch"]
             runs.setdefault(key, []).append((int(row["step"]), float(row["success"])))
             ends[key] = row
-    for seed in 1, 2, 3:
-        key = "push", seed, "64"
-        assert (f"| seed {seed} | {study.steps_to_success(runs[key]):,} | {float(ends[key]['seconds']) / 60:.1f} | "
-                f"{float(ends[key]['success of 100']):.0%} |") in README
-    assert study.steps_to_success(runs["push", 21, "64"]) == 18_000 and "Seed 21 took 18,000 steps" in README
-    assert runs["push", 21, "32"][-3:] == [(15_000, 1.0), (16_000, 0.95), (17_000, 0.7)] and "100 % at 15,000 steps, 95 and 70 %" in README
-    assert {success for _, success in runs["grasp", 1, "64"]} == {0.0} and runs["grasp", 1, "64"][-1][0] == 9_000
+    published = [("push", seed, "2 1 1 1", "no", "38", "64") for seed in (1, 2, 3)]
+    assert [study.steps_to_success(runs[key]) for key in published] == [20_000, 18_000, 20_000]
+    assert [f"{float(ends[key]['seconds']) / 60:.1f}" for key in published] == ["19.5", "19.0", "20.4"]
+    assert {success for _, success in runs["grasp", 1, "2 1 1 1", "no", "38", "64"]} == {0.0}
+    assert study.steps_to_success(runs["grasp", 1, "2 2 1 1", "no", "38", "64"]) == 12_000
+    touch = dict(runs["touch", 1, "2 2 1 1", "no", "38", "64"])
+    stood = [touch[step] for step in range(17_000, 35_000, 1_000)]
+    assert sorted(stood)[-1] == 1.0 and sorted(stood)[0] == 0.5 and sorted(stood)[-2] == 0.8
+    assert max(step for step, _ in runs["touch", 1, "2 2 1 1", "no", "29", "64"]) == 15_000
+    late = dict(runs["grasp", 1, "2 2 1 1", "yes", "38", "64"])
+    assert all((success >= 0.8) == (step >= 34_000) and (success == 0) == (step < 34_000) for step, success in late.items())
 
 
 def test_the_bench():
