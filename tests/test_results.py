@@ -221,7 +221,7 @@ def test_runs_from_pixels():
     assert runs["touch"][2]["θ contact_threshold"][-1] == (20_000, 0.1641) and "0.164 N" in README
     unchanged = {task: [seed for seed, run in seeds.items() if all(len({value for _, value in rows}) == 1 for name, rows in run.items()
                                                                    if name.startswith("θ "))] for task, seeds in runs.items()}
-    assert 1 in unchanged["push"] and 1 in unchanged["grasp"] and 1 in unchanged["touch"]
+    assert unchanged == {"touch": [1], "grasp": [1], "push": [1, 2]} and max(success for _, success in runs["grasp"][2]["success"]) == 0
 
 
 def test_trials_from_pixels():
@@ -321,7 +321,7 @@ def test_touch_without_its_term_for_speed():
     assert max(steps[-1] - steps[0] for steps in near) >= 10_000 and "near there for 10,000 steps" in README
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "pixels"])      # of which each run has a row
 def test_tables_of_studies(name):
     runs = study.read(ROOT / "results" / f"study-{name}.csv")
     for line in [*study.table(runs), *(study.theta_table(runs) if name in ("methods", "weak") else [])]:
