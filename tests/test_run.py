@@ -223,12 +223,14 @@ def test_a_process_that_evaluates_keeps_nobody_out_of_a_folder(go, monkeypatch, 
 @needs_fork
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(number, tmp_path):
-    code = ("import sys, selfalign; selfalign.EVAL_EVERY, selfalign.EXPLORE_STEPS = 200, 100; "
+    evaluating = tmp_path / "evaluating"
+    code = ("import sys, time, pathlib, selfalign; selfalign.EVAL_EVERY, selfalign.EXPLORE_STEPS, selfalign.EVAL_EPISODES = 200, 100, 2; "
+            f"real = selfalign.evaluate; selfalign.evaluate = lambda *a: (pathlib.Path({str(evaluating)!r}).touch(), time.sleep(1), real(*a))[2]; "
             f"sys.argv = ['selfalign.py', '--reward', 'sparse', '--out', {str(tmp_path / 'run')!r}]; selfalign.main()")
     run = subprocess.Popen([sys.executable, "-c", code], cwd=Path(selfalign.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            text=True, start_new_session=True)
     until = time.monotonic() + 60
-    while time.monotonic() < until and not (tmp_path / "run" / "checkpoint.pt").exists():
+    while time.monotonic() < until and not evaluating.exists():
         time.sleep(0.05)
     os.killpg(run.pid, number)
     said, complained = run.communicate(timeout=60)
