@@ -222,9 +222,8 @@ def load_policy(folder: str | Path, agent_settings: dict) -> tuple[PandaEnv, DrQ
         env = PandaEnv(task, obs, render_mode="rgb_array")
         agent = DrQV2(env.observation_space.shape, env.action_space.shape,
                       precision=getattr(torch, settings.get("precision", "float32")), **agent_settings[obs])
-        for name in agent.ACTS:
-            getattr(agent, name).load_state_dict(state[name])
-        if not all(torch.isfinite(p).all() for name in agent.ACTS for p in getattr(agent, name).parameters()):
+        agent.greedy.load_state_dict(state)
+        if not all(torch.isfinite(p).all() for p in agent.greedy.parameters()):
             raise ValueError("the policy holds numbers that are not finite")
     except Exception as error:                       # a damaged file makes json and torch raise almost anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -143,9 +143,9 @@ class DrQV2:
     saturated no reward moves the actor any more; DDPG has the same trouble, and Andrychowicz et al. (2017, Hindsight
     Experience Replay, appendix A) add the square of the pre-activations to its cost. 0 is DrQ-v2 as published.
 
-    average, not in the paper either: the greedy policy is a running average of the actor's weights (Polyak & Juditsky,
-    1992), which follows them at this rate per update and wavers less from one evaluation to the next. It never enters
-    training. 1 is the actor itself, as published.
+    average, not in the paper either: the greedy policy is a running average of the encoder's and the actor's weights (Polyak
+    & Juditsky, 1992), which follows them at this rate per update and wavers less from one evaluation to the next. It never
+    enters training. 1 is encoder and actor themselves, as published.
 
     strides are the encoder's. With 2, 2, 1, 1 an update takes less than half the time, and the critics see a fifth of the features.
 
@@ -153,8 +153,7 @@ class DrQV2:
     in float32. torch.bfloat16 takes a third to half off an update's time on processors that have it.
     """
 
-    ACTS = ("encoder", "greedy")          # the parts of the greedy policy
-    PARTS = (*ACTS, "actor", "critic", "critic_target", "actor_opt", "critic_opt")
+    PARTS = ("encoder", "actor", "greedy", "critic", "critic_target", "actor_opt", "critic_opt")
 
     def __init__(self, obs_shape: tuple[int, ...], action_shape: tuple[int], device: str = "cpu", lr: float = 1e-4,
                  feature_dim: int = 50, hidden_dim: int = 1024, tau: float = 0.01, std: tuple = (1.0, 0.1, 100_000),
@@ -176,12 +175,13 @@ class DrQV2:
         self.actor = Actor(*self.head).to(self.device)
         self.critic = Critic(*self.head).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.greedy = copy.deepcopy(self.actor).requires_grad_(False)
+        policy = nn.Sequential(self.encoder, self.actor)
+        self.greedy = copy.deepcopy(policy).requires_grad_(False)
         self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=self.lr, fused=True)
         # One optimiser for both: the encoder learns from the critic's loss and from nothing else.
         self.critic_opt = torch.optim.Adam([*self.encoder.parameters(), *self.critic.parameters()], lr=self.lr, fused=True)
         self.averages = [([*slow.parameters()], [*fast.parameters()], rate) for slow, fast, rate in (
-            (self.critic_target, self.critic, self.tau), (self.greedy, self.actor, self.average))]
+            (self.critic_target, self.critic, self.tau), (self.greedy, policy, self.average))]
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, step: int, explore: bool = True) -> np.ndarray:
@@ -190,7 +190,7 @@ class DrQV2:
         if explore:
             action = truncated_normal(self.actor(self.encoder(obs)), linear_schedule(step, *self.std))
         else:
-            action = self.greedy(self.encoder(obs))
+            action = self.greedy(obs)
         return action[0].cpu().numpy()
 
     def update(self, batch: tuple, step: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ try:
 except ImportError:          # Windows, where nothing keeps two processes apart
     fcntl = None
 
-VERSION = 3      # of checkpoints
+VERSION = 4      # of checkpoints
 NEEDED = {"task": str, "reward": str, "obs": str, "seed": int, "steps": int}      # in settings, to go on with a run
 
 

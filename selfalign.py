@@ -235,7 +235,7 @@ class Evaluations:
     def begin(self, step: int, losses: dict) -> None:
         """Takes the policy at `step`; losses are kept beside it."""
         policy = io.BytesIO()
-        torch.save({name: getattr(self.agent, name).state_dict() for name in self.agent.ACTS}, policy)
+        torch.save(self.agent.greedy.state_dict(), policy)
         self.begun = step, losses, policy.getvalue()
         if self.pipe:
             generator = np_random(self.env)
@@ -272,8 +272,7 @@ class Evaluations:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 policy, r_theta, starts = pipe.recv()
-                for name, part in torch.load(io.BytesIO(policy), weights_only=True).items():
-                    getattr(self.agent, name).load_state_dict(part)
+                self.agent.greedy.load_state_dict(torch.load(io.BytesIO(policy), weights_only=True))
                 if r_theta:
                     self.r_theta.load_state_dict(r_theta)
                 generator = np_random(self.env)

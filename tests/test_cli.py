@@ -157,12 +157,11 @@ def test_steps_that_do_not_fit_into_memory_are_refused(obs, shape, kind, most, m
 @pytest.mark.parametrize("settings, precision", [({}, torch.float32), ({"precision": "bfloat16"}, torch.bfloat16)])
 def test_a_policy_is_played_in_the_precision_it_has_learnt_in(settings, precision, tmp_path):
     agents = {"pixels": {"hidden_dim": 8}}
-    state = DrQV2((9, 84, 84), (4,), **agents["pixels"]).state_dict()
-    torch.save({name: state[name] for name in DrQV2.ACTS}, tmp_path / "policy.pt")
+    torch.save(DrQV2((9, 84, 84), (4,), **agents["pixels"]).greedy.state_dict(), tmp_path / "policy.pt")
     (tmp_path / "settings.json").write_text(json.dumps({"task": "push", "obs": "pixels", **settings}))
     env, agent = cli.load_policy(tmp_path, agents)
     env.close()
-    assert agent.encoder.precision == precision
+    assert agent.greedy[0].precision == precision
 
 
 @pytest.fixture
@@ -446,7 +445,7 @@ def stage(monkeypatch, tmp_path):
     (folder / "settings.json").write_text(json.dumps({"task": "push", "obs": "state"}))
     torch.manual_seed(0)
     agent = DrQV2((24,), (4,), **SMALL["state"])
-    torch.save({name: agent.state_dict()[name] for name in agent.ACTS}, folder / "policy.pt")
+    torch.save(agent.greedy.state_dict(), folder / "policy.pt")
     monkeypatch.setattr(cli, "PandaEnv", Stage)
     monkeypatch.setattr(Stage, "made", [])
     return str(folder)
@@ -460,10 +459,8 @@ def test_a_policy_is_watched_in_a_window_without_exploration(stage, monkeypatch,
     assert window.what == ("push", "state", "human") and window.seeds == [0, 1, 2] and len(window.actions) == 15
     assert all(env.closed for env in Stage.made) and not any(env.seeds for env in others)
     assert all(action == window.actions[0] for action in window.actions)
-    state = torch.load(f"{stage}/policy.pt", weights_only=True)
     agent = DrQV2((24,), (4,), **SMALL["state"])
-    for name in agent.ACTS:
-        getattr(agent, name).load_state_dict(state[name])
+    agent.greedy.load_state_dict(torch.load(f"{stage}/policy.pt", weights_only=True))
     assert window.actions[0] == agent.act(np.full(24, 0.1, np.float32), 0, explore=False).tolist()
 
 

@@ -363,7 +363,7 @@ def test_updates_are_the_published_equations_and_the_penalty_is_the_only_other_t
         assert losses["actor_loss"] == pytest.approx(actor_loss.item(), abs=1e-5)
         assert losses["q"] == pytest.approx(q1.mean().item(), abs=1e-5)
     for net, restated in ((agent.encoder, critic), (agent.actor, actor), (agent.critic, critic),
-                          (agent.critic_target, target), (agent.greedy, actor)):
+                          (agent.critic_target, target), (agent.greedy[0], critic), (agent.greedy[1], actor)):
         for name, p in net.state_dict().items():
             torch.testing.assert_close(p, restated[name].detach(), rtol=0, atol=1e-5)
 
@@ -389,25 +389,31 @@ def test_a_saturated_actor_comes_back_by_the_penalty_alone(saturation):
         assert all(torch.equal(p, q) for p, q in zip(agent.actor.parameters(), before))
 
 
-def test_the_greedy_policy_is_an_average_that_training_never_sees():
-    agents, batches = [], [batch_of(np.random.default_rng(seed)) for seed in range(4)]
-    averages, obs = [], np.array([0.3, -1.0, 0.5])
+@pytest.mark.parametrize("obs_shape", [(3,), (3, 20, 20)])
+def test_the_greedy_policy_is_an_average_that_training_never_sees(obs_shape):
+    rng, agents, averages = np.random.default_rng(0), [], []
+    scale = 1 if len(obs_shape) == 1 else 255
+    batches = [(scale * rng.random((4, *obs_shape)), rng.uniform(-1, 1, (4, 2)), rng.random(4), np.ones(4), scale * rng.random((4, *obs_shape)))
+               for _ in range(4)]
+    obs = scale * rng.random(obs_shape)
     for average in (1.0, 0.2):
         torch.manual_seed(0)
-        agents.append(DrQV2((3,), (2,), lr=1e-2, hidden_dim=16, std=(0.0, 0.0, 1), average=average))
-        averages.append([p.clone() for p in agents[-1].actor.parameters()])
+        agent = DrQV2(obs_shape, (2,), lr=1e-2, hidden_dim=16, std=(0.0, 0.0, 1), average=average)
+        agents.append(agent)
+        averages.append([p.clone() for p in (*agent.encoder.parameters(), *agent.actor.parameters())])
         for step, batch in enumerate(batches):
-            agents[-1].update(batch, step)
+            agent.update(batch, step)
             averages[-1] = [(1 - average) * slow + average * fast
-                            for slow, fast in zip(averages[-1], agents[-1].actor.parameters())]
+                            for slow, fast in zip(averages[-1], (*agent.encoder.parameters(), *agent.actor.parameters()))]
     published, averaged = agents
-    for name in ("actor", "critic", "critic_target"):
+    for name in ("encoder", "actor", "critic", "critic_target"):
         for p, q in zip(getattr(published, name).parameters(), getattr(averaged, name).parameters()):
             assert torch.equal(p, q)
     for agent, average in zip(agents, averages):
+        assert len(average) == len([*agent.greedy.parameters()])
         for p, q in zip(agent.greedy.parameters(), average):
             torch.testing.assert_close(p, q)
-    # Exploration without noise is the actor itself; only the greedy policy is the average.
+    # Exploration without noise is encoder and actor themselves; only the greedy policy is the average.
     np.testing.assert_array_equal(published.act(obs, 0), averaged.act(obs, 0))
     np.testing.assert_array_equal(published.act(obs, 0, explore=False), published.act(obs, 0))
     greedy = averaged.greedy(torch.as_tensor(obs).float()[None])[0].numpy()
@@ -521,10 +527,10 @@ def test_a_reset_agent_is_a_new_one_behind_the_same_encoder(obs_shape):
     after = agent.state_dict()
     assert after["actor_opt"]["state"] == after["critic_opt"]["state"] == {}              # Adam's averages are gone
     assert all(torch.equal(after["encoder"][name], value) for name, value in before["encoder"].items())
-    for one, other in (("actor", "greedy"), ("critic", "critic_target")):
+    for one, other, prefix in (("actor", "greedy", "1."), ("critic", "critic_target", ""), ("encoder", "greedy", "0.")):
         weights = [name for name in after[one] if name.endswith("weight") and after[one][name].ndim == 2]
-        assert weights and not any(torch.equal(after[one][name], before[one][name]) for name in weights)
-        assert all(torch.equal(after[one][name], after[other][name]) for name in after[one])
+        assert (one == "encoder" or weights) and not any(torch.equal(after[one][name], before[one][name]) for name in weights)
+        assert all(torch.equal(after[one][name], after[other][prefix + name]) for name in after[one])
     start = copy.deepcopy(after)
     agent.update(batch, 0)                                            # and it is the new networks, with the encoder, that learn
     for part in ("actor", "critic", "greedy", "critic_target", *["encoder"] * agent.pixels):

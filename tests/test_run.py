@@ -127,7 +127,7 @@ def files(folder):
     asked = [{**json.loads(line), "seconds": 0} for line in (folder / "llm.jsonl").read_text().splitlines()]
     policy = torch.load(folder / "policy.pt", weights_only=True)
     return ([(folder / name).read_bytes() for name in ("metrics.csv", "theta.csv")], asked, lived,
-            [value.tolist() for part in policy.values() for value in part.values()])
+            {name: value.tolist() for name, value in policy.items()})
 
 
 WHOLE = {}                                                            # what runs that nothing cuts short leave
@@ -478,7 +478,7 @@ def played(tmp_path_factory):
     folder = tmp_path_factory.mktemp("played")
     (folder / "settings.json").write_text(json.dumps({"task": "touch", "obs": "state", "seed": 1}))
     agent = selfalign.DrQV2((24,), (4,), **selfalign.AGENT["state"])
-    torch.save({name: agent.state_dict()[name] for name in agent.ACTS}, folder / "policy.pt")
+    torch.save(agent.greedy.state_dict(), folder / "policy.pt")
     return folder
 
 
@@ -488,8 +488,8 @@ def played(tmp_path_factory):
     ("settings.json", b'{"task": "fly", "obs": "state"}'), ("settings.json", b'{"task": "touch", "obs": 5}'),
     ("settings.json", b'{"task": "touch", "obs": "pixels"}'), ("settings.json", "a folder"),
     ("policy.pt", None), ("policy.pt", b""), ("policy.pt", b"PK\x03\x04"), ("policy.pt", "cut"), ("policy.pt", Foreign()),
-    ("policy.pt", [1]), ("policy.pt", {}), ("policy.pt", {"encoder": {}, "greedy": {}}), ("policy.pt", {"encoder": {}, "greedy": 3}),
-    ("policy.pt", "nan"), ("policy.pt", {"encoder": {}, "greedy": {"trunk.0.weight": torch.zeros(1)}})])
+    ("policy.pt", [1]), ("policy.pt", {}), ("policy.pt", {"1.trunk.0.weight": 3}), ("policy.pt", {3: torch.zeros(1)}),
+    ("policy.pt", "nan"), ("policy.pt", "another shape")])
 def test_a_damaged_folder_is_not_played_and_says_why_in_one_line(name, content, played, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in ("settings.json", "policy.pt"):
@@ -504,8 +504,11 @@ def test_a_damaged_folder_is_not_played_and_says_why_in_one_line(name, content, 
         path.write_bytes(path.read_bytes()[:-50])
     elif content == "nan":
         state = torch.load(path, weights_only=True)
-        next(iter(state["greedy"].values())).fill_(float("nan"))
+        next(iter(state.values())).fill_(float("nan"))
         torch.save(state, path)
+    elif content == "another shape":
+        state = torch.load(path, weights_only=True)
+        torch.save({**state, "1.trunk.0.weight": torch.zeros(1)}, path)
     elif isinstance(content, bytes):
         path.write_bytes(content)
     else:
