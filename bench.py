@@ -128,7 +128,7 @@ def profile(args):
             seconds[name] += own
         return seconds
 
-    for obs, shape, usual in (("state", (22,), selfalign.BATCH["state"]), ("pixels", (9, 84, 84), selfalign.BATCH["pixels"]),
+    for obs, shape, usual in (("state", (24,), selfalign.BATCH["state"]), ("pixels", (9, 84, 84), selfalign.BATCH["pixels"]),
                               ("pixels", (9, 84, 84), 256)):
         images = rng.integers(256, size=(2, usual, *shape), dtype=np.uint8)
         seen, then = images if obs == "pixels" else images.astype(np.float32) / 256

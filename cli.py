@@ -149,7 +149,7 @@ def start(args: argparse.Namespace) -> tuple[Run, LLM]:
 def second_core(device: str) -> bool:
     """Whether evaluations from states can have a process of their own: a copy of this one, which neither a GPU nor other systems allow.
 
-    Images keep two threads busy as it is.
+    Images keep two threads of a CPU busy as it is.
     """
     return sys.platform == "linux" and torch.device(device).type == "cpu" and len(os.sched_getaffinity(0)) > 1
 

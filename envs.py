@@ -271,12 +271,11 @@ class PandaEnv:
         """
         if seed is not None:
             self.np_random = np.random.default_rng(seed)
-        start = self.task.start(self.np_random.uniform)
-        start = {"goal": start["block"], **start}
         for key in options or {}:
-            if key not in start:
+            if key not in ("hand", "block", "goal"):
                 raise ValueError(f"unknown reset option {key!r}: choose from hand, block, goal")
-        start = {key: np.array(value, dtype=float) for key, value in {**start, **(options or {})}.items()}
+        start = {**self.task.start(self.np_random.uniform), **(options or {})}
+        start = {key: np.array(value, dtype=float) for key, value in {"goal": start["block"], **start}.items()}
         # Restoring drops cached contacts and motor states, so that an episode depends on its start alone.
         self._sim.restoreState(self._pristine)
         finger = FINGER_MAX if self.task.opens else 0.0

@@ -82,8 +82,8 @@ class State:
             generator.bit_generator.state = stands
         self.episode_begins()
         torch.set_rng_state(state["torch"])
-        if state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
+        for device, stands in enumerate(state["cuda"][:torch.cuda.device_count()]):     # there may be fewer of them now
+            torch.cuda.set_rng_state(stands, device)
 
 
 def np_random(env):
@@ -174,7 +174,7 @@ class Run:
     def finished(self, steps: int) -> str | None:
         """Why there is nothing to go on with within `steps`; None where there is."""
         if self.saved and self.saved["learnt"]:
-            return f"the skill was learnt at {self.saved['history']['evaluations'][-1][0]:,} steps"
+            return f"the skill was learnt at {self.saved['history']['evaluations'][-2][0]:,} steps"
         if self.saved and self.saved["step"] >= steps:
             return f"it has had its {steps:,} steps; give it more with --steps"
         return None
@@ -279,7 +279,8 @@ class Run:
         self._write("policy.pt", policy)
         lived = max(step, self.state.step if self.state else 0)        # training may be ahead
         speed = (lived - (self.saved["step"] if self.saved else 0)) / (time.monotonic() - self.started)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.steps - step) / speed))
+        seconds = int((self.steps - step) / speed)
+        left = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         print(f"{step:>8,} steps | success {success:>4.0%} {'█' * round(success * 20):·<20} | {self.measure} {return_:>8.2f} | "
               f"{speed:4.0f} steps/s | at most {left} left", flush=True)
 

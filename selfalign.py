@@ -15,8 +15,10 @@ import io
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import traceback
 from collections import namedtuple
 from dataclasses import dataclass, field
 
@@ -44,8 +46,8 @@ FAILS = 0.1                # a period of at most this mean success calls for an 
 BETTER = 0.6               # no analysis while the LLM prefers the newest attempts to earlier ones more often than this
 EXPLORE_STEPS = 1_000      # uniform random actions first
 
-# Smaller networks and batches than DrQ-v2's own, and larger steps, for two cores.
-AGENT = {"pixels": dict(lr=3e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005, strides=(2, 2, 1, 1)),
+# Smaller networks and batches than DrQ-v2's own, and larger learning rates, for two cores.
+AGENT = {"pixels": dict(lr=6e-4, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005, strides=(2, 2, 1, 1)),
          "state": dict(lr=1e-3, hidden_dim=256, std=(1.0, 0.1, 10_000), saturation=0.01, average=0.005)}
 BATCH = {"pixels": 64, "state": 128}
 
@@ -98,7 +100,8 @@ def train(make_env, task, llm: LLM, run: Run, method: str = "selfalign", seed: i
     are vectors, or (9, H, W) bytes: the last three RGB frames, the newest at the end.
     task: an envs.Task, or anything with its fields. method: "selfalign"; "rewrite" lets the LLM write R_θ anew (see `new_theta`);
     "fixed" keeps the first R_θ; "sparse" trains on the environment's own reward. proposal: a file with the first reward, instead of
-    asking for one. precision: of convolutions, "float32" or "bfloat16". beside: evaluate in a process of its own, for a second core.
+    asking for one. precision: of convolutions, "float32" or "bfloat16". beside: evaluate in a process of its own, for a second core;
+    it is forked, so on Linux and device "cpu" only.
 
     Raises LLMError without a usable first reward: an answer that cannot be used goes back to the LLM with the reason, up to
     llm.ATTEMPTS times. A ranking that fails in the same way is skipped, an analysis too. Raises ValueError for features that are
@@ -251,11 +254,11 @@ class Evaluations:
         ChildProcessError where its process is gone."""
         if self.pipe:
             try:
-                result, generator = self.pipe.recv()
+                result, generator = self.pipe.recv()       # or an error, and where it was raised
             except (EOFError, OSError):
                 raise ChildProcessError("the process that evaluates the policy was killed") from None
             if isinstance(result, Exception):
-                raise result
+                raise result from RuntimeError(f"in the process that evaluates the policy:\n{generator}")
             if generator:
                 np_random(self.env).bit_generator.state = generator
         else:
@@ -272,17 +275,22 @@ class Evaluations:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 policy, r_theta, starts = pipe.recv()
-                self.agent.greedy.load_state_dict(torch.load(io.BytesIO(policy), weights_only=True))
-                if r_theta:
-                    self.r_theta.load_state_dict(r_theta)
-                generator = np_random(self.env)
-                if generator:
-                    generator.bit_generator.state = starts
                 try:
+                    self.agent.greedy.load_state_dict(torch.load(io.BytesIO(policy), weights_only=True))
+                    if r_theta:
+                        self.r_theta.load_state_dict(r_theta)
+                    generator = np_random(self.env)
+                    if generator:
+                        generator.bit_generator.state = starts
                     result = evaluate(self.agent, self.env, self.r_theta, EVAL_EPISODES)
+                    pipe.send((result, generator and generator.bit_generator.state))
                 except Exception as error:
-                    result = error
-                pipe.send((result, generator and generator.bit_generator.state))
+                    where = traceback.format_exc()
+                    try:
+                        pickle.loads(pickle.dumps(error))
+                    except Exception:                      # as it is, it would not get over
+                        error = RuntimeError(f"{type(error).__name__}: {error}")
+                    pipe.send((error, where))
 
 
 def evaluate(agent: DrQV2, env, r_theta: RTheta | None, episodes: int) -> tuple[float, float, float]:

@@ -38,14 +38,14 @@ from mh import preference_loss
 
 JUDGED = 100
 STEPS = 40_000
-SPEED = 120                # environment steps per second on one core, until a run has shown how many there are
+SPEED = {"state": 120, "pixels": 24}     # environment steps per second on one core, until a run has shown how many there are
 OFFLINE = ("--llm", "offline")         # the scripted stand-in, whatever keys there are
 RESULTS = Path("results")
 REPLIES = Path(__file__).parent / "tests" / "replies"
 REPORTED = {"contact_threshold": 0.127, "push_weight": 21.05}          # θ after the paper's last update
 
-# One run: its flags beside --task and --seed, and names in selfalign.py that stand for something else in it.
-Job = namedtuple("Job", "study task variant seed flags names", defaults=((), {}))
+# One run: its flags beside --task and --seed, names in selfalign.py that stand for something else in it, and its steps if not STEPS.
+Job = namedtuple("Job", "study task variant seed flags names steps", defaults=((), {}, None))
 
 
 def flipping(share, seed):
@@ -114,7 +114,7 @@ def parts(seeds):
 
 def pixels(seeds):
     """Each task from images. One run takes all cores: --processes 1."""
-    return [Job("pixels", task, "selfalign", seed, ("--obs", "pixels", "--precision", "bfloat16", *OFFLINE))
+    return [Job("pixels", task, "selfalign", seed, ("--obs", "pixels", "--precision", "bfloat16", *OFFLINE), steps=60_000)
             for seed in seeds for task in TASKS]
 
 
@@ -137,15 +137,22 @@ def steps_to_success(evaluations):
     return next((step for (step, now), (_, then) in zip(evaluations, evaluations[1:]) if now == then == 1.0), np.inf)
 
 
+def ended(job):
+    """Whether a run has learnt its skill or had its steps."""
+    rows = evaluations(folder(job))
+    return steps_to_success(rows) < np.inf or bool(rows) and rows[-1][0] >= (job.steps or STEPS)
+
+
 def execute(job):
     """Trains the run of a job, or goes on with it, and judges its last policy. False if it was told to stop before its end."""
-    where, began = folder(job), time.monotonic()
+    where, steps, began = folder(job), job.steps or STEPS, time.monotonic()
     if not (where / "settings.json").exists():         # begun by a process that was killed before it was
         shutil.rmtree(where, ignore_errors=True)
-    argv = (["--resume", str(where)] if where.exists() else
-            ["--task", job.task, "--seed", str(job.seed), "--steps", str(STEPS), "--out", str(where), *job.flags])
+    argv = (["--resume", str(where), "--steps", str(steps)] if where.exists() else
+            ["--task", job.task, "--seed", str(job.seed), "--steps", str(steps), "--out", str(where), *job.flags])
     where.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())       # of the next run, which may be one from images
         # Other runs are at work on the other cores, so evaluations get no process of their own.
         for name, value in {**job.names, "second_core": lambda device: False, "sys.argv": ["selfalign.py", *argv]}.items():
             stack.enter_context(mock.patch(f"selfalign.{name}", value))
@@ -157,15 +164,14 @@ def execute(job):
         except SystemExit as end:                      # of a run that only has to be judged, without a code
             if end.code:
                 raise RuntimeError(f"selfalign.py ended with {end.code!r}") from None
-    rows = evaluations(where)
-    if steps_to_success(rows) == np.inf and (not rows or rows[-1][0] < STEPS):
+    if not ended(job):
         return False
     trained, threads = time.monotonic() - began, torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)                           # frames come one at a time
     env, agent = load_policy(where, selfalign.AGENT)
     env.reset(seed=2_000_000 + job.seed)
     success, *_ = selfalign.evaluate(agent, env, None, JUDGED)
-    torch.set_num_threads(threads)                     # of the next run, which may be one from images
+    torch.set_num_threads(threads)
     part = where / "judged.json.part"
     part.write_text(json.dumps({"success": success, "seconds": time.monotonic() - began, "trained": trained}))
     os.replace(part, where / "judged.json")
@@ -173,9 +179,9 @@ def execute(job):
 
 
 def judged(job):
-    """What `execute` has left of a finished run, None for another."""
+    """What `execute` has left of a finished run, None for another, such as one that had fewer steps."""
     path = folder(job) / "judged.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() and ended(job) else None
 
 
 def left(jobs, workers):
@@ -183,8 +189,9 @@ def left(jobs, workers):
     known, todo = {}, [job for job in jobs if not judged(job)]
     for job in jobs:
         if judged(job):
-            known.setdefault((job.task, job.variant), []).append(judged(job)["seconds"])
-    seconds = sum(np.mean(known.get((job.task, job.variant), STEPS / SPEED)) for job in todo) / workers
+            known.setdefault((job.study, job.task, job.variant), []).append(judged(job)["seconds"])
+    seconds = sum(np.mean(known.get((job.study, job.task, job.variant),
+                                    (job.steps or STEPS) / SPEED["pixels" if "pixels" in job.flags else "state"])) for job in todo) / workers
     return f"{len(todo)} of {len(jobs)} runs left, about {seconds / 60:.0f} min"
 
 
@@ -196,12 +203,12 @@ def work(jobs, claim, workers):
         if judged(job):
             continue
         try:
-            ended = execute(job)
+            done = execute(job)
         except (Exception, SystemExit) as error:       # one run that fails takes no other with it
             failed += 1
             print(f"{folder(job)}: {error}; see {folder(job)}.log", flush=True)
             continue
-        if not ended:
+        if not done:
             sys.exit(f"{folder(job)}: stopped; the same command goes on with it")
         steps = steps_to_success(evaluations(folder(job)))
         said = f"100 % at {steps:,} steps" if steps < np.inf else "not learnt"
@@ -217,11 +224,12 @@ def torchrun_worker(jobs):
     """One of the workers that torchrun has started: the launcher's store hands out the jobs' numbers."""
     store, _, workers = next(torch.distributed.rendezvous("env://"))
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]                       # the store outlives a restart of its workers
-    work(jobs, lambda: store.add(f"next job {attempt}", 1) - 1, workers)
+    failed = work(jobs, lambda: store.add(f"next job {attempt}", 1) - 1, workers)
     # The launcher takes the store with it when its own workers are done, and all others when one of them fails.
     store.add(f"done {attempt}", 1)
     while store.add(f"done {attempt}", 0) < workers:
         time.sleep(1)
+    sys.exit(min(1, failed))
 
 
 def local_worker(names, seeds, counter, workers):
@@ -334,7 +342,8 @@ def figure(runs, path):
         panels.setdefault(", ".join([task, *form]), {})[method] = seeds
     methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
     drawing, axes = plt.subplots(1, len(panels), figsize=(1 + 3.2 * len(panels), 2.8), sharey=True, squeeze=False)
-    steps, rng = np.arange(2_000, STEPS + 1, 1_000), np.random.default_rng(0)
+    end = max(step for seeds in runs.values() for run in seeds.values() for step, _ in run["success"])
+    steps, rng = np.arange(2_000, end + 1, 1_000), np.random.default_rng(0)
     for axis, (title, panel) in zip(axes[0], panels.items()):
         for colour, method in enumerate(methods):
             curves = []
@@ -352,7 +361,7 @@ def figure(runs, path):
             axis.plot(steps, interquartile_mean(curves), color=f"C{colour}", linewidth=2, linestyle=line, label=method)
         axis.set_title(title, fontsize=10)
         axis.set_ylim(-0.03, 1.03)
-        axis.set_xticks(range(0, STEPS + 1, 10_000))
+        axis.set_xticks(range(0, end + 1, 10_000))
         in_thousands(axis)
     axes[0, 0].set_ylabel("success of 20 episodes")
     axes[0, -1].legend(fontsize=8, loc="lower right")

@@ -77,6 +77,16 @@ def test_features_are_documented_and_true(env):
         env.step(np.zeros(4))
 
 
+@pytest.mark.parametrize("task", ["touch", "grasp"])
+def test_without_a_goal_of_its_own_a_task_has_it_where_the_block_starts(task):
+    env = PandaEnv(task)
+    for options in (None, {"block": (0.5, 0.05)}):
+        obs, _ = env.reset(seed=0, options=options)
+        np.testing.assert_array_equal(obs[8:10], 0)                    # goal minus block
+    assert env.reset(seed=0, options={"block": (0.5, 0.05), "goal": (0.5, 0.1)})[0][8:10] == pytest.approx([0, 1.0], abs=1e-5)
+    env.close()
+
+
 def test_bad_arguments_name_the_cure(env):
     with pytest.raises(ValueError, match="touch, grasp, push"):
         PandaEnv("fly")

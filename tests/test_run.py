@@ -130,6 +130,13 @@ def files(folder):
             {name: value.tolist() for name, value in policy.items()})
 
 
+class Peculiar(Exception):
+    """Pickled, it cannot be made again: that takes one argument."""
+
+    def __init__(self, one, other):
+        super().__init__(f"{one} and {other}")
+
+
 WHOLE = {}                                                            # what runs that nothing cuts short leave
 
 
@@ -190,7 +197,7 @@ def test_a_skill_that_is_learnt_beside_the_training_was_learnt_at_the_same_step(
     for folder in (here, beside):
         assert [line.split(",")[:2] for line in (folder / "metrics.csv").read_text().splitlines()[1:]] == [
             ["200", "0.5"], ["300", "1"], ["400", "1"]]
-        assert Run(folder, None).finished(700) == "the skill was learnt at 400 steps"
+        assert Run(folder, None).finished(700) == "the skill was learnt at 300 steps"
     for name in ("metrics.csv", "policy.pt"):
         assert (here / name).read_bytes() == (beside / name).read_bytes()
     with np.load(here / "episodes.npz") as before, np.load(beside / "episodes.npz") as after:
@@ -200,9 +207,21 @@ def test_a_skill_that_is_learnt_beside_the_training_was_learnt_at_the_same_step(
 
 @needs_fork
 def test_errors_of_an_evaluation_reach_the_training(go, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(selfalign, "evaluate", lambda *_: 1 / 0)
+    def broken(*_):
+        raise ZeroDivisionError("of its own")
+
+    def peculiar(*_):
+        raise Peculiar(1, 2)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError, match="of its own") as raised:
+        patch.setattr(selfalign, "evaluate", broken)
         go("broken", beside=True)
+    assert ", in broken\n" in str(raised.value.__cause__)             # where it was raised
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="Peculiar: 1 and 2"):
+        patch.setattr(selfalign, "evaluate", peculiar)
+        go("peculiar", beside=True)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="not a policy"):
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_: (_ for _ in ()).throw(RuntimeError("not a policy")))
+        go("unloaded", beside=True)
     training = os.getpid()
     monkeypatch.setattr(selfalign, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != training else None)
     with pytest.raises(ChildProcessError, match="was killed"):
@@ -212,10 +231,11 @@ def test_errors_of_an_evaluation_reach_the_training(go, monkeypatch):
 @needs_fork
 def test_a_process_that_evaluates_keeps_nobody_out_of_a_folder(go, monkeypatch, tmp_path):
     monkeypatch.setattr(selfalign, "evaluate", lambda *_: time.sleep(60))
+    others = {*multiprocessing.active_children()}                     # of tests before
     with pytest.raises(Cut) as cut, monkeypatch.context() as patch:
         cut_at(patch, 60, selfalign.ReplayBuffer, "sample")           # while it evaluates
         go("cut", beside=True)
-    child, = multiprocessing.active_children()
+    child, = {*multiprocessing.active_children()} - others
     assert Run(tmp_path / "cut", None).saved is None and child.is_alive() and cut
     child.kill()
 
@@ -575,6 +595,9 @@ def test_an_evaluation_tells_how_fast_it_goes_and_how_long_it_may_take(capsys, m
     assert (kept.folder / "policy.pt").read_bytes() == b"policy"
     assert capsys.readouterr().out == ("   2,000 steps | success  25% █████··············· | sparse return     3.25 |  200 steps/s | "
                                        "at most 00:00:40 left\n")
+    kept.steps = 2_000 + 200 * 100_000
+    kept.evaluated(2_000, 0.25, 1.5, 3.25, {"critic_loss": 1.0, "actor_loss": 2.0, "q": 3.0}, b"policy")
+    assert capsys.readouterr().out.endswith("at most 27:46:40 left\n")
     kept.close()
 
 

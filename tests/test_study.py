@@ -2,12 +2,14 @@
 
 import csv
 import json
+import sys
 import threading
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import selfalign
 import study
@@ -154,11 +156,29 @@ def test_each_run_is_done_once_whoever_takes_it(monkeypatch, tmp_path):
 
 def test_time_left_goes_by_runs_of_the_same_kind(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    jobs = study.list_jobs(["often"], 2)                              # 3 variants, 2 seeds
-    assert study.left(jobs, 2) == f"6 of 6 runs left, about {6 * study.STEPS / study.SPEED / 60 / 2:.0f} min"
+    jobs, seconds = study.list_jobs(["often"], 2), study.STEPS / study.SPEED["state"]      # 3 variants, 2 seeds
+    assert study.left(jobs, 2) == f"6 of 6 runs left, about {6 * seconds / 60 / 2:.0f} min"
     study.folder(jobs[0]).mkdir(parents=True)
     (study.folder(jobs[0]) / "judged.json").write_text('{"success": 1.0, "seconds": 1200}')
-    assert study.left(jobs, 1) == f"5 of 6 runs left, about {20 + 4 * study.STEPS / study.SPEED / 60:.0f} min"
+    (study.folder(jobs[0]) / "metrics.csv").write_text("step,success\n2000,1\n3000,1\n")
+    assert study.left(jobs, 1) == f"5 of 6 runs left, about {20 + 4 * seconds / 60:.0f} min"
+    pixels = study.list_jobs(["pixels"], 1)
+    assert study.left(pixels, 1) == f"3 of 3 runs left, about {3 * 60_000 / study.SPEED['pixels'] / 60:.0f} min"
+
+
+def test_a_run_of_fewer_steps_is_not_finished_and_gets_the_others(small, monkeypatch):
+    short, more = (study.Job("parts", "push", "whole", 1, steps=steps) for steps in (400, 800))
+    assert study.execute(short) and study.judged(short) and study.judged(more) is None
+    assert study.execute(more) and [step for step, _ in study.evaluations(study.folder(more))] == [200, 400, 600, 800]
+    assert study.judged(more)
+
+
+def test_a_run_leaves_the_number_of_threads_to_the_next(small, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(selfalign, "main", lambda: torch.set_num_threads(threads + 1) or sys.exit("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        study.execute(study.Job("parts", "push", "whole", 1))
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
@@ -184,14 +204,14 @@ def test_what_is_not_finished_is_missed_and_nothing_is_overwritten_by_nothing(mo
     assert (tmp_path / "results" / "study-noise.csv").read_text() == "kept"
     folder = study.folder(jobs[2])
     folder.mkdir(parents=True)
-    for name, text in (("judged.json", '{"success": 0.5, "seconds": 1}'), ("metrics.csv", "step,success\n2000,0.25\n"),
+    for name, text in (("judged.json", '{"success": 0.5, "seconds": 1}'), ("metrics.csv", "step,success\n2000,0.25\n40000,0.5\n"),
                        ("theta.csv", "step,cause,name,value,low,high\n0,proposal,w,2,,\n10000,posterior,w,0.123456,0.1,0.2\n")):
         (folder / name).write_text(text)
     capsys.readouterr()
     study.main()
     assert "3 of 4 runs are not finished" in capsys.readouterr().out
     assert study.read("results/study-noise.csv") == {("touch", "20% flipped"): {1: {
-        "success": [(2000, 0.25)], "success of 100": [(2000, 0.5)], "θ w": [(0, 2.0), (10_000, 0.1235)],
+        "success": [(2000, 0.25), (40_000, 0.5)], "success of 100": [(40_000, 0.5)], "θ w": [(0, 2.0), (10_000, 0.1235)],
         "low θ w": [(10_000, 0.1)], "high θ w": [(10_000, 0.2)]}}}
 
 
