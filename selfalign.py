@@ -254,11 +254,11 @@ class Evaluations:
         ChildProcessError where its process is gone."""
         if self.pipe:
             try:
-                result, generator = self.pipe.recv()       # or an error, and where it was raised
+                result, generator, error, where = self.pipe.recv()
             except (EOFError, OSError):
                 raise ChildProcessError("the process that evaluates the policy was killed") from None
-            if isinstance(result, Exception):
-                raise result from RuntimeError(f"in the process that evaluates the policy:\n{generator}")
+            if error:
+                raise error from RuntimeError(f"in the process that evaluates the policy:\n{where}")
             if generator:
                 np_random(self.env).bit_generator.state = generator
         else:
@@ -283,14 +283,14 @@ class Evaluations:
                     if generator:
                         generator.bit_generator.state = starts
                     result = evaluate(self.agent, self.env, self.r_theta, EVAL_EPISODES)
-                    pipe.send((result, generator and generator.bit_generator.state))
+                    pipe.send((result, generator and generator.bit_generator.state, None, None))
                 except Exception as error:
                     where = traceback.format_exc()
                     try:
                         pickle.loads(pickle.dumps(error))
                     except Exception:                      # as it is, it would not get over
                         error = RuntimeError(f"{type(error).__name__}: {error}")
-                    pipe.send((error, where))
+                    pipe.send((None, None, error, where))
 
 
 def evaluate(agent: DrQV2, env, r_theta: RTheta | None, episodes: int) -> tuple[float, float, float]:

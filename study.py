@@ -113,7 +113,7 @@ def parts(seeds):
 
 
 def pixels(seeds):
-    """Each task from images. One run takes all cores: --processes 1."""
+    """Each task from images. A run takes as many threads as there are cores: OMP_NUM_THREADS=1, or --processes 1."""
     return [Job("pixels", task, "selfalign", seed, ("--obs", "pixels", "--precision", "bfloat16", *OFFLINE), steps=60_000)
             for seed in seeds for task in TASKS]
 
@@ -137,22 +137,25 @@ def steps_to_success(evaluations):
     return next((step for (step, now), (_, then) in zip(evaluations, evaluations[1:]) if now == then == 1.0), np.inf)
 
 
+def most_steps(job):
+    return job.steps or STEPS
+
+
 def ended(job):
     """Whether a run has learnt its skill or had its steps."""
     rows = evaluations(folder(job))
-    return steps_to_success(rows) < np.inf or bool(rows) and rows[-1][0] >= (job.steps or STEPS)
+    return steps_to_success(rows) < np.inf or bool(rows) and rows[-1][0] >= most_steps(job)
 
 
 def execute(job):
     """Trains the run of a job, or goes on with it, and judges its last policy. False if it was told to stop before its end."""
-    where, steps, began = folder(job), job.steps or STEPS, time.monotonic()
+    where, began = folder(job), time.monotonic()
     if not (where / "settings.json").exists():         # begun by a process that was killed before it was
         shutil.rmtree(where, ignore_errors=True)
-    argv = (["--resume", str(where), "--steps", str(steps)] if where.exists() else
-            ["--task", job.task, "--seed", str(job.seed), "--steps", str(steps), "--out", str(where), *job.flags])
+    argv = ["--steps", str(most_steps(job)), *(["--resume", str(where)] if where.exists() else
+                                               ["--task", job.task, "--seed", str(job.seed), "--out", str(where), *job.flags])]
     where.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())       # of the next run, which may be one from images
         # Other runs are at work on the other cores, so evaluations get no process of their own.
         for name, value in {**job.names, "second_core": lambda device: False, "sys.argv": ["selfalign.py", *argv]}.items():
             stack.enter_context(mock.patch(f"selfalign.{name}", value))
@@ -166,12 +169,11 @@ def execute(job):
                 raise RuntimeError(f"selfalign.py ended with {end.code!r}") from None
     if not ended(job):
         return False
-    trained, threads = time.monotonic() - began, torch.get_num_threads()
+    trained = time.monotonic() - began
     torch.set_num_threads(1)                           # frames come one at a time
     env, agent = load_policy(where, selfalign.AGENT)
     env.reset(seed=2_000_000 + job.seed)
     success, *_ = selfalign.evaluate(agent, env, None, JUDGED)
-    torch.set_num_threads(threads)
     part = where / "judged.json.part"
     part.write_text(json.dumps({"success": success, "seconds": time.monotonic() - began, "trained": trained}))
     os.replace(part, where / "judged.json")
@@ -191,7 +193,7 @@ def left(jobs, workers):
         if judged(job):
             known.setdefault((job.study, job.task, job.variant), []).append(judged(job)["seconds"])
     seconds = sum(np.mean(known.get((job.study, job.task, job.variant),
-                                    (job.steps or STEPS) / SPEED["pixels" if "pixels" in job.flags else "state"])) for job in todo) / workers
+                                    most_steps(job) / SPEED["pixels" if "pixels" in job.flags else "state"])) for job in todo) / workers
     return f"{len(todo)} of {len(jobs)} runs left, about {seconds / 60:.0f} min"
 
 
@@ -202,12 +204,15 @@ def work(jobs, claim, workers):
         job = jobs[number]
         if judged(job):
             continue
+        threads = torch.get_num_threads()
         try:
             done = execute(job)
         except (Exception, SystemExit) as error:       # one run that fails takes no other with it
             failed += 1
             print(f"{folder(job)}: {error}; see {folder(job)}.log", flush=True)
             continue
+        finally:
+            torch.set_num_threads(threads)             # runs from states and judging take one, the next may be one from images
         if not done:
             sys.exit(f"{folder(job)}: stopped; the same command goes on with it")
         steps = steps_to_success(evaluations(folder(job)))

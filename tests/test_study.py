@@ -175,10 +175,20 @@ def test_a_run_of_fewer_steps_is_not_finished_and_gets_the_others(small, monkeyp
 
 def test_a_run_leaves_the_number_of_threads_to_the_next(small, monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(selfalign, "main", lambda: torch.set_num_threads(threads + 1) or sys.exit("broken"))
-    with pytest.raises(RuntimeError, match="broken"):
-        study.execute(study.Job("parts", "push", "whole", 1))
-    assert torch.get_num_threads() == threads
+    jobs, real, found = [study.Job("parts", "push", name, 1) for name in ("broken", "whole", "last")], selfalign.main, []
+
+    def main():
+        found.append(torch.get_num_threads())
+        if len(found) == 1:
+            sys.exit("broken")
+        return real()
+    monkeypatch.setattr(selfalign, "main", main)
+    try:
+        torch.set_num_threads(threads + 1)
+        assert study.work(jobs, iter(range(9)).__next__, 1) == 1
+        assert found == [threads + 1] * 3 and torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
