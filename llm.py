@@ -1,473 +1,609 @@
-"""Everything between the loop and a large language model: asking, reading answers, keeping a transcript.
+"""Questions to a large language model: prompts filled in, answers read, a transcript kept.
 
-Needs requests and knows no RL. The prompts are the text files in prompts/.
+Needs requests and numpy, and the text files in prompts/. A backend maps chat messages to a `Reply`:
+`Chat` (any OpenAI-compatible service), `Manual` (a person), or a function of your own:
 
-    llm = LLM(Chat(model="..."), record=print)               # any OpenAI-compatible /chat/completions
-    groups = llm.ask("rank", prompt("rank", count=4, ...), parse=lambda text: read_ranking(text, 4))
+    from llm import LLM, Reply, read_ranking
 
-A backend maps a list of chat messages to a `Reply`: `Chat` (HTTP), `Manual` (a person, or any chat window), `Replay` (the
-transcript of an earlier run); a scripted stand-in is in standin.py.
+    llm = LLM(lambda messages: Reply("RANKING: 2 > 1 = 3"))
+    groups = llm.ask("rank", "Which attempt is best?", lambda text: read_ranking(text, 3))
+    assert groups == [[2], [1, 3]]
 """
 
+import ast
+import html
 import itertools
 import json
+import math
 import os
 import random
 import re
 import string
 import textwrap
-import threading
 import time
+import unicodedata
 from collections import Counter, namedtuple
-from collections.abc import Callable
-from email.utils import parsedate_to_datetime
+from email.utils import mktime_tz, parsedate_tz
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
+import numpy as np
 import requests
+from urllib3.exceptions import HTTPError
 
 PROMPTS = Path(__file__).parent / "prompts"
-ATTEMPTS = 4                      # how often one question is put before its answers are given up
-CONNECT_TIMEOUT, READ_TIMEOUT = 10, 600         # s; a model that thinks about 48 attempts is silent for minutes
-TOTAL_TIMEOUT = 600               # of one request, so that a reply which only trickles ends too, s
-QUESTION_TIMEOUT = 1200           # of a question with all its requests and waits, s
-RETRIES, MAX_WAIT = 5, 120        # of one request; the longest wait between two that is accepted, s
-MAX_BYTES = 1_000_000             # of one HTTP reply
-MAX_CHARS = 100_000               # of one answer
-LASTING = (                       # what no retry helps: words of the exception, then the cure
-    ("wrong_version_number|record layer failure", "the server does not speak TLS there: write http:// in OPENAI_BASE_URL"),
-    ("certificate", "the server's certificate is not trusted: set REQUESTS_CA_BUNDLE to the file of the authority that signed it"),
-    ("CA certificate bundle", "the file that REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names is not there"),
-    ("SOCKS", "a SOCKS proxy is set, which needs one more package: pip install pysocks"),
-    ("proxy URL|InvalidProxyURL|Proxy URL", "the proxy in HTTPS_PROXY, HTTP_PROXY or ALL_PROXY is not an address"),
-    ("InvalidURL|MissingSchema|InvalidSchema|LocationParseError|LocationValueError|UnicodeError",
-     "OPENAI_BASE_URL is not an address; one reads http://localhost:11434/v1"))
-PASSING = (                       # what may pass
-    ("timed out|Timeout", "no complete answer in time"), ("ProxyError", "no connection through the proxy"),
-    ("ProtocolError|Chunk|IncompleteRead|ConnectionReset|broken|aborted", "the connection broke off in mid-reply"),
-    ("ConnectionError|SSLError|NewConnection|MaxRetry", "no connection (is the server running?)"))
-
-REPLAYS = ("A transcript repeats its run with the settings, the machine and the libraries of that run; elsewhere numbers differ in "
-           "their last digits, and soon in the words of a question")
-
+ATTEMPTS = 4  # the question and three repairs
+REQUEST_SECONDS = 600  # a model that thinks about 48 attempts is silent for minutes
+MAX_BYTES = 1_000_000  # of one HTTP reply
+PLAIN = {0xFEFF: None, 0x200B: None, 0x0D: None, 0xA0: " ", 0x202F: " "}  # odd characters
+NO_TEXT = "(no usable text)"
+COMPARE = {">": np.greater, ">=": np.greater_equal, "<=": np.less_equal}
 Reply = namedtuple("Reply", "text prompt_tokens completion_tokens", defaults=(0, 0))
 
 
 class LLMError(RuntimeError):
-    """The LLM cannot be reached or gave nothing usable; the message names the cause and the cure."""
+    """The LLM cannot be reached or gives nothing usable; the message names cause and cure."""
+
+
+class Busy(RuntimeError):
+    """Busy(fault, wait): the service fails for now; ask again after `wait` seconds or more."""
 
 
 class ReplayError(RuntimeError):
-    """A replayed run asks what its transcript does not answer: it is another run by now, and ends."""
+    """A replayed run asks what its transcript does not answer."""
 
 
 class UnusableReply(ValueError):
-    """One answer cannot be used; the message goes back to the LLM."""
+    """An answer cannot be used; the message goes back to the LLM."""
 
 
 def prompt(name: str, **values) -> str:
-    """The text of prompts/NAME.txt with each $placeholder that has a value replaced; any other $ stays."""
-    try:
-        text = (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LLMError(f"the prompt {PROMPTS / name}.txt cannot be read: {error}") from None
+    """The text of prompts/NAME.txt, with each $placeholder that has a value replaced."""
+    text = (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
     return string.Template(text).safe_substitute(values)
 
 
 class LLM:
-    """Puts questions to a backend, and again where an answer cannot be used.
+    """Asks a backend, repairs answers that cannot be used, and keeps a transcript.
 
-    record: is called with every exchange as it happens, a dict of kind, prompt, reply (or why there is none),
-    tokens and seconds; these dicts, a line of JSON each, are the transcript that `Replay` reads.
+    transcript: file of one JSON line per exchange, made at the first exchange. What it already
+    answers is not asked again. replay: the transcript of another run, in the backend's place.
+    Raises LLMError for a file that is no transcript.
     """
 
-    def __init__(self, backend: Callable[[list[dict]], Reply], record: Callable[[dict], None]):
-        self.backend, self.record = backend, record
-        self.exchanges = self.prompt_tokens = self.completion_tokens = 0
-        self.seconds = 0.0
+    def __init__(self, backend, transcript=None, replay=None, sleep=time.sleep):
+        self.backend, self.transcript, self.replay, self.sleep = backend, transcript, replay, sleep
+        self.exchanges = self.prompt_tokens = self.completion_tokens = self.seconds = 0
+        self._left = 0.0  # seconds for the present question
+        self._written, self._size, self._replayed = {}, 0, {}
+        if transcript and Path(transcript).exists():
+            self._written, self._size = _read_transcript(transcript, bool(replay), True)
+        if replay:
+            self._replayed, _ = _read_transcript(replay, True, False)
 
-    def ask(self, kind: str, question: str, parse: Callable[[str], Any]) -> Any:
+    def ask(self, kind: str, question: str, parse):
         """The parsed answer to `question`.
 
-        parse: maps the reply's text to a value, or raises ValueError, whose message is shown to the LLM in the
-        prompt "repair". Raises LLMError when the backend fails or ATTEMPTS answers in a row are unusable.
+        parse: maps a text to a value, or raises ValueError, whose message goes back to the LLM.
+        Raises LLMError if the service fails or ATTEMPTS answers in a row cannot be used.
         """
         messages = [{"role": "user", "content": question}]
+        self._left = getattr(self.backend, "seconds", math.inf)
         for attempt in range(ATTEMPTS):
-            text = "(no usable text)"
+            record = self._exchange(f"{kind}, repair" if attempt else kind, messages)
+            if "error" in record:
+                raise LLMError(record["error"])
             try:
-                text = self._exchange(kind if attempt == 0 else f"{kind}, repair", messages)
-            except UnusableReply as error:
+                if "unusable" in record:
+                    raise UnusableReply(record["unusable"])
+                return parse(record["reply"])
+            except ValueError as error:
                 reason = str(error)
-            else:
-                try:
-                    if len(text) > MAX_CHARS:
-                        raise UnusableReply(f"the answer is longer than {MAX_CHARS:,} characters: be briefer")
-                    return parse(text)
-                except ValueError as error:
-                    reason = str(error)
-            messages += [{"role": "assistant", "content": text[:MAX_CHARS]},
-                         {"role": "user", "content": prompt("repair", error=reason)}]
-        raise LLMError(f"no usable answer to the question '{kind}' in {ATTEMPTS} attempts, the last because: {reason}")
+            messages += [
+                {"role": "assistant", "content": record.get("reply", NO_TEXT)},
+                {"role": "user", "content": prompt("repair", error=reason)},
+            ]
+        raise LLMError(f"{ATTEMPTS} answers to '{kind}' cannot be used, the last because: {reason}")
 
     def _exchange(self, kind, messages):
-        started, fault = time.monotonic(), None
-        try:
-            reply = self.backend(messages)
-            outcome = {"reply": reply.text, "prompt_tokens": reply.prompt_tokens,
-                       "completion_tokens": reply.completion_tokens}
-            self.prompt_tokens += reply.prompt_tokens
-            self.completion_tokens += reply.completion_tokens
-        except (UnusableReply, LLMError) as error:
-            outcome, fault = {"unusable" if isinstance(error, UnusableReply) else "error": str(error)}, error
-        seconds = round(time.monotonic() - started, 3)
+        """The record of one exchange, from a transcript or from the backend."""
+        talk = tuple(message["content"] for message in messages)
+        written, replayed = self._written.get(talk), self._replayed.get(talk)
+        if self.replay and not replayed:
+            raise ReplayError(
+                f"{self.replay} does not answer exchange {self.exchanges + 1} ({kind}): "
+                "replay works only with the same settings, CPU and library versions"
+            )
+        started = time.monotonic()
+        if replayed or written:
+            record = (replayed or written)[0]
+        else:
+            record = {"kind": kind, "prompt": talk[-1], **self._ask_backend(messages)}
+            record["seconds"] = round(time.monotonic() - started, 3)
+        if replayed:
+            replayed.pop(0)
+        if written:
+            written.pop(0)
+        elif self.transcript:
+            Path(self.transcript).parent.mkdir(parents=True, exist_ok=True)
+            with open(self.transcript, "ab") as file:
+                file.truncate(self._size)  # a run that was killed may have left half a line
+                self._size += file.write(json.dumps(record).encode() + b"\n")
         self.exchanges += 1
-        self.seconds += seconds
-        self.record({"kind": kind, "prompt": messages[-1]["content"], **outcome, "seconds": seconds})
-        if fault:
-            raise fault
-        return reply.text
+        self.seconds += record.get("seconds", 0)
+        self.prompt_tokens += record.get("prompt_tokens", 0)
+        self.completion_tokens += record.get("completion_tokens", 0)
+        return record
+
+    def _ask_backend(self, messages):
+        """The outcome, after as many pauses as the question's time allows: models load slowly."""
+        for retry in itertools.count():
+            asked = time.monotonic()
+            try:
+                reply = self.backend(messages)._asdict()
+                return {"reply": reply.pop("text"), **reply}
+            except UnusableReply as error:
+                return {"unusable": str(error)}
+            except LLMError as error:
+                return {"error": str(error)}
+            except Busy as busy:
+                fault, wait = busy.args
+            finally:
+                self._left -= time.monotonic() - asked
+            pause = max(wait, random.uniform(0.5, 1.0) * 2 ** min(retry, 6))
+            self._left -= pause
+            if self._left < 0:
+                times = f"the LLM service failed {retry + 1} times, the last with {fault}; "
+                return {"error": f"{times}a pause of {pause:.0f} s more takes too long"}
+            print(f"  {fault}; next try in {pause:.0f} s", flush=True)
+            self.sleep(pause)
+
+
+def _read_transcript(path, errors: bool, lines_only: bool) -> tuple[dict, int]:
+    """({texts of a conversation: its records in order}, size of the file's whole lines).
+
+    errors: whether failed exchanges count. lines_only: leave out a last line without its end.
+    """
+    found, talk, answer = {}, (), ""
+    try:
+        data = Path(path).read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")[: -1 if lines_only else None]
+    except (OSError, UnicodeDecodeError) as error:
+        raise LLMError(f"the transcript {path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            outcome = record.get("reply", record.get("unusable", record.get("error")))
+            "".join([record["kind"], record["prompt"], outcome])  # three texts
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            if number > data.count(b"\n"):  # the end, or half a line: the run was killed
+                break
+            raise LLMError(f"{path}, line {number}, is no exchange with an LLM") from None
+        talk = (*talk, answer) if record["kind"].endswith(", repair") else ()
+        talk, answer = (*talk, record["prompt"]), record.get("reply", NO_TEXT)
+        if errors or "error" not in record:
+            found.setdefault(talk, []).append(record)
+    return found, data.rfind(b"\n") + 1
+
+
+# Words of services: the prompt is too long, the money is spent, a pause is asked for.
+TOO_LONG = r"""(?ix) ^413 | context.{0,12}(length|size|window) | too\ many\ (input\ )?tokens
+    | reduce\ the\ length
+    | (prompt|request|input|content|messages?) [_ ] ((is|are)[_ ])? too [_ ] (long|large)"""
+SPENT = r"(?i)insufficient|billing|current.?quota|balance|credit|payment|spend|arrear|欠费|余额"
+WAIT = r"""(?ix)
+    (retry.?(delay|after|in)? | again\ (in|after) | wait(\ for)? | estimated_time) (_seconds)?
+    ["':=\s]{0,5} (?P<wait> (\d+(\.\d+)? \s{0,3} (ms|[hms])? [a-z]{0,8} \s{0,3}){1,4})"""
+CURES = {
+    401: "set OPENAI_API_KEY to a valid key",
+    402: "the account has to be paid for",
+    403: "set OPENAI_API_KEY to a key with access to --model",
+    404: "check --model, and OPENAI_BASE_URL, which often ends in /v1",
+}
+# How an answer may end (finish_reason), and what stands before it.
+NORMAL = "|stop|eos|eos_token|end|end_turn|stop_sequence|completed?|tool_calls|function_call"
+CUT = "length|max|limit|incomplete"
+WITHHELD = "filter|safety|sensitive|block|prohibit|recitation|refus|guard"
+THOUGHT = r"</think(?:ing)?>|</thought>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>"
 
 
 class Chat:
-    """An OpenAI-compatible server: POST {base_url}/chat/completions.
+    """An OpenAI-compatible service: a call is one POST to OPENAI_BASE_URL/chat/completions.
 
-    The address comes from OPENAI_BASE_URL (default: OpenAI's), the key from OPENAI_API_KEY (none is fine for a local
-    server) and appears nowhere else. Only `model` and `messages` are sent: other fields are not accepted everywhere.
+    options: more fields of every request, such as {"max_tokens": 4096}. seconds: the time for one
+    question with its repairs and pauses. The key, OPENAI_API_KEY, stands in the header alone.
+    Raises LLMError for what no pause helps, Busy for what may pass, UnusableReply for the rest.
     """
 
-    def __init__(self, model: str | None):
-        if not model:
-            raise LLMError("no model is named: add --model NAME (with Ollama, one that `ollama list` shows)")
-        self.model, self.key = model, os.environ.get("OPENAI_API_KEY", "").strip()
+    def __init__(self, model: str | None, options: dict | None = None, seconds: float = 1200):
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         base = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
-        self.url = base.rstrip("/") + "/chat/completions"
-        if not self.url.startswith(("http://", "https://")):
-            raise LLMError("OPENAI_BASE_URL must start with http:// or https://, for example http://localhost:11434/v1")
-        self.shown_url = re.sub(r"//.*@", "//", self.url).partition("?")[0]      # without secrets that an address may hold
-        self.question, self.deadline = None, 0.0
-        if not self.key.isascii() or not self.key.isprintable():
+        if not model:
+            raise LLMError("no model is named: add --model NAME")
+        if not key.isascii() or not key.isprintable():
             raise LLMError("OPENAI_API_KEY holds characters that no key has: set it again")
+        if not base.startswith(("http://", "https://")):
+            raise LLMError("OPENAI_BASE_URL is no address such as http://localhost:11434/v1")
+        self.fields, self.seconds = {**(options or {}), "model": model}, seconds
+        url = urlsplit(base)
+        path = url.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.url = url._replace(path=path, fragment="").geturl()
+        self.words = f"{model} at {url.scheme}://{url.netloc.rpartition('@')[2]}{path}"
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if key and "api-version=" in url.query:  # Azure's classic addresses
+            self.headers["api-key"] = key
+        # The key's characters as they are, or as JSON, HTML and URLs spell them. A short key is a
+        # placeholder, such as "ollama".
+        one = r"(?:\\{0,4}%s|(?:\\{1,4}u00|\\{1,4}x|%%|&#x0{0,2})%02x;?|&#0{0,2}%d;)"
+        spellings = [one % (re.escape(c), ord(c), ord(c)) for c in key if len(key) > 6]
+        self.secret = re.compile("(?i)" + ("".join(spellings) or "(?!)"))
 
     def __call__(self, messages: list[dict]) -> Reply:
-        if messages[0] != self.question:             # otherwise another attempt at the same
-            self.question, self.deadline = messages[0], time.monotonic() + QUESTION_TIMEOUT
-        print(f"  Waiting for {self.model} at {self.shown_url}, {QUESTION_TIMEOUT // 60} minutes at most ...", flush=True)
-        wait = None
-        for retry in range(RETRIES + 1):
-            try:
-                status, headers, body = self._post({"model": self.model, "messages": messages})
-            except LLMError:
-                raise
-            except Exception as error:               # whatever a request ends with is a failed request
-                fault, wait = _fault(error), None
-            else:
-                if status == 200:
-                    return self._read(body)
-                fault, wait = f"HTTP {status}: {_error_message(body, self._clean)}", _retry_after(headers.get("Retry-After"))
-                cure = {400: "check --model and that the server speaks the chat completions API",
-                        401: "set OPENAI_API_KEY to a valid key",
-                        403: "set OPENAI_API_KEY to a key with access to --model",
-                        404: "check --model and that OPENAI_BASE_URL ends where /chat/completions follows, often in /v1"}
-                if status in cure:
-                    raise LLMError(f"the LLM service refused: {fault}; {cure[status]}")
-                if status not in (408, 409, 425, 429) and status < 500:
-                    raise LLMError(f"the LLM service answered {fault}; check OPENAI_BASE_URL")
-            # Back-off with full jitter, unless the server names the time.
-            pause = wait if wait is not None else random.uniform(0.5, 1.0) * 2 ** retry
-            if pause > MAX_WAIT or time.monotonic() + pause > self.deadline or retry == RETRIES:
-                break
-            time.sleep(pause)
-        waits = f", which asks to wait {wait:.0f} s" if wait is not None and wait > MAX_WAIT else ""
-        raise LLMError(f"the LLM service failed {retry + 1} times, the last with {fault}{waits}; check that "
-                       f"{self.shown_url} can be reached, or go on later")
-
-    def _post(self, payload):
-        """(status, headers, body) of one request, bounded in time; raises what `_request` raises."""
-        outcome, given_up = [], threading.Event()
-
-        def request():
-            try:
-                outcome.append(self._request(payload, given_up))
-            except Exception as error:
-                outcome.append(error)
-
-        # requests' time-outs start afresh with each byte; only from outside can a reply be ended that trickles.
-        thread = threading.Thread(target=request, daemon=True)
-        thread.start()
-        thread.join(max(0.0, min(TOTAL_TIMEOUT, self.deadline - time.monotonic())))
-        given_up.set()
-        if not outcome:
-            raise requests.exceptions.ReadTimeout()
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
-
-    def _request(self, payload, given_up):
-        def authorise(request):          # as `auth`, so that a .netrc file cannot put another key in its place
-            if self.key:
-                request.headers["Authorization"] = f"Bearer {self.key}"
-            return request
-
-        body = bytearray()
-        # Nothing is compressed, so that what is read is what is kept; a redirect is not followed, nor is its body read.
-        with _Session() as session, session.post(
-                self.url, json=payload, auth=authorise, stream=True, headers={"Accept-Encoding": "identity"},
-                timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
-            for chunk in response.raw.stream(65536, decode_content=False):
-                body += chunk
-                if len(body) > MAX_BYTES:
-                    raise LLMError(f"the LLM service sent a reply larger than {MAX_BYTES:,} bytes; "
-                                   "check OPENAI_BASE_URL")
-                if given_up.is_set():
-                    break
-            return response.status_code, response.headers, bytes(body)
-
-    def _read(self, body):
-        """The Reply in the JSON of a successful answer."""
+        print(f"  Waiting for {self.words} ...", flush=True)
+        body, end = b"", time.monotonic() + REQUEST_SECONDS
+        how = {"stream": True, "timeout": (10, REQUEST_SECONDS), "allow_redirects": False}
+        how["auth"] = lambda request: request  # else a .netrc may put another key in the header
+        how["json"] = {**self.fields, "messages": messages}
         try:
-            answer = json.loads(body)
-            choice = answer["choices"][0]
-            text = choice["message"]["content"]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise UnusableReply(f"the service sent no chat completion but: {_error_message(body, self._clean)!r}") from None
-        if choice.get("finish_reason") == "length":
-            raise UnusableReply("the answer was cut off because it was too long: be briefer")
-        if choice.get("finish_reason") == "content_filter":
-            raise UnusableReply("the answer was withheld by the service's content filter: word it differently")
-        if isinstance(text, list):       # some servers send parts
-            text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
-        text = text.rpartition("</think>")[2].strip() if isinstance(text, str) else ""     # after a model's thoughts
-        if not text:
-            raise UnusableReply("the answer was empty")
-        usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
-        tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        return Reply(self._clean(text), *(n if isinstance(n, int) else 0 for n in tokens))
+            with requests.post(self.url, headers=self.headers, **how) as response:
+                for chunk in response.iter_content(512):
+                    body += chunk
+                    if len(body) > MAX_BYTES or time.monotonic() > end:
+                        raise TimeoutError("the answer does not end")
+        except (OSError, ValueError, HTTPException, HTTPError) as error:
+            words = self._line(str(error).rpartition(": ")[2]).strip("'\")> ")
+            fault = f"{type(error).__name__} at {self.words}: {words}"
+            wrong = re.search("(?i)certificate|wrong.version|record.layer", str(error))
+            if wrong or isinstance(error, ValueError):
+                raise LLMError(f"{fault}; check OPENAI_BASE_URL and the proxies") from None
+            raise Busy(f"{fault} (is it running?)", 0) from None
+        text = body.decode(errors="replace")
+        answer = _object(text)
+        choice = _object(answer.get("choices"))
+        error = answer.get("error") or choice.get("error")
+        if response.status_code != 200 or error or "choices" not in answer:
+            header = response.headers.get("Retry-After", "")
+            said = error if "choices" in answer else answer or text
+            self._refuse(response.status_code, header, said, _object(error).get("code"))
+        return self._read(choice, _object(answer.get("usage")))
 
-    def _clean(self, text):
-        # A local server's placeholder, such as "x" or "ollama", is no secret, and part of ordinary text.
-        return text.replace(self.key, "[key]") if len(self.key) >= 12 else text
+    def _refuse(self, status, header, said, code):
+        """Raises LLMError or Busy for what a service says: JSON or a page."""
+        words = re.sub("<[^<>]*>", " ", json.dumps(said, ensure_ascii=False))
+        if status == 200 and re.fullmatch("[45][0-9]{2}", str(code)):
+            status = int(code)
+        fault, wait = f"HTTP {status}, {self._line(words)}", _named_wait(header, words)
+        if status in (200, 400, 413, 422, 429, 500) and re.search(TOO_LONG, f"{status}{words}"):
+            cure = "the prompt is too long: take a larger context, or fewer ranked (--ranked)"
+        elif status in (200, 429) and re.search(SPENT, words) and not wait:
+            cure = "the quota is used up"
+        elif status == 200 and isinstance(said, str) and said.strip()[:1] not in ("", "{"):
+            cure = """check OPENAI_BASE_URL, or add --llm-options '{"stream": false}'"""
+        elif status in (200, 408, 409, 425, 429, 498) or status >= 500:
+            raise Busy(fault, wait)
+        else:
+            cure = CURES.get(status, "check --model, --llm-options and OPENAI_BASE_URL")
+        raise LLMError(f"the LLM service refused: {fault}; {cure}")
+
+    def _read(self, choice, usage):
+        """The Reply in a service's choice."""
+        message, text = _object(choice.get("message")), ""
+        end = str(choice.get("finish_reason") or "").lower()
+        content = message.get("content") or ""
+        for part in content if isinstance(content, list) else [{"text": content}]:
+            if _object(part).get("type", "text") in ("text", "output_text"):
+                text += str(_object(part).get("text") or "")
+        answer = re.split(THOUGHT, text)[-1].strip()
+        if re.search(CUT, end):
+            raise UnusableReply("the answer was cut off, because it is too long: be briefer")
+        if re.search(WITHHELD, end):
+            raise UnusableReply("the service's content filter withheld the answer")
+        if not re.fullmatch(NORMAL, end):
+            raise Busy(f"the service ended its answer with {end!r}", 0)
+        if not answer and message.get("refusal"):
+            raise UnusableReply(f"you refused: {self._line(str(message['refusal']))}")
+        if not answer or answer.startswith("<think>"):
+            thought = text.strip() or message.get("reasoning_content") or message.get("reasoning")
+            what = "you thought but gave no answer" if thought else "the answer was empty"
+            raise UnusableReply(f"{what}: write it out")
+        tokens = [usage.get(name) for name in Reply._fields[1:]]
+        tokens = [count if isinstance(count, int) else 0 for count in tokens]
+        return Reply(self.secret.sub("[key]", answer), *tokens)
+
+    def _line(self, text):
+        """One short line of someone's words, without secrets."""
+        return " ".join(self.secret.sub("[key]", text).split())[:300]
 
 
-class _Session(requests.Session):
-    """Without redirects, whose Location requests would read even where it is told not to follow."""
-
-    def get_redirect_target(self, response):
-        return None
-
-
-def _fault(error):
-    """What to call an exception of a request; raises LLMError for one that no retry helps."""
-    kinds = " ".join(kind.__name__ for kind in type(error).__mro__)
-    for words, cure in LASTING:
-        if re.search(words, f"{kinds} {error}", re.IGNORECASE):
-            raise LLMError(f"the LLM service cannot be reached: {cure}") from None
-    return next((fault for words, fault in PASSING if re.search(words, f"{kinds} {error}", re.IGNORECASE)),
-                f"a reply that breaks HTTP's rules ({type(error).__name__})")
-
-
-def _error_message(body, clean):
-    """What an error reply says, in one short line, without the key, which JSON may have escaped."""
-    text = body[:10_000].decode(errors="replace")
+def _object(value) -> dict:
+    """The JSON object that `value` is, or is the text of, or begins with; else {}."""
     try:
-        answer = json.loads(text)
-        error = answer["error"] if isinstance(answer, dict) and "error" in answer else answer
-        text = error if isinstance(error, str) else str(error.get("message", error) if isinstance(error, dict) else error)
+        value = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
-        text = re.sub(r"<[^<>]*>", " ", text)                # an HTML page
-    return " ".join(clean(text).split())[:200] or "(empty)"
+        pass
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, dict) else {}
 
 
-def _retry_after(value):
-    """Seconds to wait by a Retry-After header, in either of its forms; None without one."""
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError, IndexError, AttributeError):
-            return None
-    return max(0.0, seconds) if seconds == seconds else None
+def _named_wait(header: str, text: str) -> float:
+    """Seconds that a service asks to wait, in its Retry-After or in its words; 0 if it does not."""
+    waits, date = [0.0], parsedate_tz(header)
+    if date and ":" in header:
+        waits, header = [0.0, mktime_tz(date) - time.time()], ""
+    scale = {"ms": 0.001, "mi": 60, "m": 60, "h": 3600}
+    for named in re.finditer(WAIT, f"retry {header} {text}"):
+        parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|mi|h|m)?", named["wait"])
+        waits.append(sum(float(number) * scale.get(unit, 1) for number, unit in parts))
+    return max(waits)
 
 
 class Manual:
-    """A person at the terminal, or any chat window: prints the prompt and reads the pasted answer."""
+    """A person, or any chat window: shows the prompt and reads the pasted answer."""
 
     def __call__(self, messages: list[dict]) -> Reply:
         print(f"\n{'=' * 30} prompt {'=' * 30}\n{messages[-1]['content']}\n{'=' * 68}")
         print("Paste the answer, then a line that holds only END:", flush=True)
         lines = []
-        while True:
-            try:
-                line = input()
-            except EOFError:
-                if not lines:
-                    raise LLMError("no answer: the input has ended; --llm manual needs a terminal") from None
-                break
-            if line.strip() == "END":
-                break
-            lines.append(line)
+        try:
+            while (line := input()).strip() != "END":
+                lines.append(line)
+        except EOFError:
+            if not lines:
+                raise LLMError("the input has ended: --llm manual needs a terminal") from None
         return Reply("\n".join(lines))
 
 
-class Replay:
-    """Answers from the transcript of an earlier run, as long as the same questions are asked in the same order.
+def service_is_set() -> bool:
+    """Whether the environment names a service or a key: --llm auto then takes `Chat`."""
+    return bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
 
-    Raises ReplayError once they are others, LLMError where the transcript has one.
+
+def propose_question(task, functions) -> str:
+    """The prompt that asks for a reward. functions: names in numpy that it may use."""
+    rules = prompt("rules", functions=", ".join(f"np.{name}" for name in functions))
+    return prompt("propose", **_words(task), rules=rules)
+
+
+def rank_question(task, trajectories) -> str:
+    """The prompt that asks to rank trajectories, (T, F) arrays."""
+    shown = describe(task, trajectories)
+    return prompt("rank", **_words(task), count=len(trajectories), trajectories=shown)
+
+
+def analyse_question(task, source, history, trajectories, notes, wrong, evaluations) -> str:
+    """The prompt that asks what blocks the skill.
+
+    source: of the reward, with its present θ. history: (step, cause, θ) of every change of θ.
+    notes: a line on each trajectory. wrong: share of the LLM's pairs that R_θ orders otherwise.
+    evaluations: (step, success rate).
     """
-
-    def __init__(self, path: str | Path):
-        self.records, self.path, self.position = [], path, 0
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, ValueError) as error:
-            raise LLMError(f"{path} cannot be replayed: {error}") from None
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError):
-                record = {}
-            outcomes = [record.get(kind) for kind in ("reply", "unusable", "error")] if isinstance(record, dict) else []
-            if record is not None and not (any(isinstance(outcome, str) for outcome in outcomes) and isinstance(record.get("prompt"), str)):
-                raise LLMError(f"{path} cannot be replayed: line {number} holds no question with its outcome")
-            self.records += [record] if record else []
-
-    def __call__(self, messages: list[dict]) -> Reply:
-        asked = messages[-1]["content"]
-        if self.position >= len(self.records):
-            raise ReplayError(f"the replay no longer follows {self.path}: that ends after {self.position} exchanges. {REPLAYS}")
-        record, self.position = self.records[self.position], self.position + 1
-        if asked != record["prompt"]:
-            pairs = zip((asked + "\n").splitlines(), (record["prompt"] + "\n").splitlines())
-            now, then = next((pair for pair in pairs if pair[0] != pair[1]), ("(another length)", "(another length)"))
-            raise ReplayError(f"the replay no longer follows {self.path} in exchange {self.position}: the question reads "
-                              f"{now.strip()[:80]!r}, in the transcript {then.strip()[:80]!r}. {REPLAYS}")
-        if isinstance(record.get("reply"), str):
-            return _reply(record)
-        if isinstance(record.get("unusable"), str):
-            raise UnusableReply(record["unusable"])
-        raise LLMError(record["error"])
+    changes = []
+    for step, cause, theta in history:
+        values = ", ".join(f"{name}={value:.3g}" for name, value in theta.items())
+        changes.append(f"- {step:,} steps, {cause}: {values}")
+    progress = ", ".join(f"{step:,}: {success:.0%}" for step, success in evaluations)
+    shown = describe(task, trajectories, notes)
+    facts = {"reward": source.strip(), "history": "\n".join(changes), "wrong": f"{wrong:.0%}"}
+    return prompt("analyse", **_words(task), **facts, progress=progress, trajectories=shown)
 
 
-def _reply(record):
-    """The Reply that a line of a transcript holds."""
-    tokens = [record.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    return Reply(record["reply"], *(n if type(n) is int else 0 for n in tokens))
+def _words(task) -> dict:
+    """What the prompts say of a task (see envs.py): the values of their placeholders."""
+    features = []
+    for name, feature in task.features.items():
+        usual = f"[{feature.unit or 'no unit'}, mostly {feature.low:g} to {feature.high:g}]"
+        features.append(f"- {name} {usual}: {feature.text}")
+    words = {name: getattr(task, name) for name in ("goal", "robot", "details", "discount")}
+    words.update(task=task.name, features="\n".join(features), rate=f"{1 / task.dt:g}")
+    words.update(steps=task.horizon, horizon=f"{task.horizon} steps ({task.horizon * task.dt:g} s)")
+    return words
 
 
-class Answered:
-    """A backend in front of another: what a run cut short was answered after its last checkpoint is not asked again."""
-
-    def __init__(self, lines: list[str], backend: Callable[[list[dict]], Reply]):
-        self.records, self.backend = [], backend
-        for line in lines:
-            try:
-                self.records.append(json.loads(line))
-            except (ValueError, RecursionError):     # the line at which the run was cut short
-                break
-
-    def __call__(self, messages: list[dict]) -> Reply:
-        record = self.records.pop(0) if self.records else None
-        if isinstance(record, dict) and record.get("prompt") == messages[-1]["content"] and isinstance(record.get("reply"), str):
-            return _reply(record)
-        self.records = []
-        return self.backend(messages)
+def describe(task, trajectories, notes=None) -> str:
+    """Trajectories, (T, F) arrays, as text, numbered from 1, each followed by its note."""
+    texts = []
+    for i, trajectory in enumerate(trajectories):
+        series = {name: trajectory[:, column] for column, name in enumerate(task.features)}
+        note = f"\n  {notes[i]}" if notes and notes[i] else ""
+        texts.append(describe_attempt(i + 1, series, task) + note)
+    return "\n\n".join(texts)
 
 
-def choose_backend(kind: str, model: str | None) -> tuple[Callable, str]:
-    """(the backend behind --llm, the words that name it on the screen). Raises LLMError for one that cannot be used."""
-    chosen = kind
-    if kind == "auto":
-        chosen = "chat" if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL") else "offline"
-    if chosen == "chat":
-        backend = Chat(model)
-        return backend, f"{backend.model} at {backend.shown_url}"
-    if chosen == "offline":
-        from standin import StandIn             # which is built on this module
-        why = "" if kind == "offline" else " (OPENAI_API_KEY and OPENAI_BASE_URL are not set)"
-        return StandIn(), f"offline stand-in{why}: scripted answers, NOT a language model"
-    if chosen == "manual":
-        return Manual(), "you: paste the answers at the prompt"
-    if chosen.startswith("replay:"):
-        path = chosen[len("replay:"):]
-        return Replay(path), f"none: answers are replayed from {path}"
-    raise LLMError(f"unknown --llm {kind}: choose auto, chat, offline, manual or replay:FILE")
+def describe_attempt(label: int, series: dict, task) -> str:
+    """One trajectory as text, below 400 tokens: verdict, limits, stages, readings at four moments.
+
+    series: (T,) arrays by feature. See envs.Task for when an attempt fulfils its task.
+    """
+    length = len(next(iter(series.values())))
+
+    def at(step):
+        return f"{(step + 1) * task.dt:.2f}"
+
+    def met(conditions):
+        return np.all([COMPARE[sign](series[name], v) for name, sign, v in conditions], axis=0)
+
+    breaks = {limit: np.flatnonzero(met([limit])) for limit in task.limits}
+    first_break = min((int(steps[0]) for steps in breaks.values() if len(steps)), default=length)
+    done = in_a_row(met(task.success)) >= task.steps
+    verdict = "fulfils" if done.any() and first_break == length else "does not fulfil"
+    lines = [f"Attempt {label}: {verdict} the task"]
+    if done.any():
+        but = "" if first_break == length else " but for the limits"
+        lines[0] += f" (done{but} at {at(done.argmax())} s)"
+    for (name, sign, value), steps in breaks.items():
+        asked = {">": "<=", ">=": "<", "<=": ">"}[sign]  # by the limit
+        side, worst = ("lowest", np.min) if sign == "<=" else ("highest", np.max)
+        line = f"  limit {name} {asked} {value:g}: "
+        if len(steps):
+            line += f"broken first at {at(steps[0])} s, in {len(steps)} steps, "
+            line += f"{side} reading {worst(series[name]):.4g}"
+        lines.append(line if len(steps) else line + "kept")
+    for conditions in [*([stage] for stage in task.stages), task.success]:
+        held = met(conditions)
+        run = in_a_row(held)
+        words = " and ".join(f"{name} {sign} {value:g}" for name, sign, value in conditions)
+        line = f"  {words}: {held.sum()} of {length} steps"
+        if held.any():
+            line += f", first at {at(held.argmax())} s, longest run {run.max()} "
+            line += f"from {at(run.argmax() - run.max() + 1)} s"
+            if first_break < length:
+                line += f", {run[:first_break].max(initial=0)} before a limit broke"
+        lines.append(line)
+    moments = np.unique(np.linspace(0, length - 1, 4).round().astype(int))
+    lines.append(f"  time {' '.join(map(at, moments))} | lowest highest")
+    for name, values in series.items():
+        span = max(1e-9, task.features[name].high - task.features[name].low)
+        digits = max(3, 1 - math.floor(math.log10(span)))  # finer where readings are small
+        shown = [*values[moments], values.min(), values.max()]
+        shown = [f"{round(float(value), digits) + 0.0:.3g}" for value in shown]
+        lines.append(f"  {name} {' '.join(shown[:-2])} | {' '.join(shown[-2:])}")
+    return "\n".join(lines)
+
+
+def in_a_row(held) -> np.ndarray:
+    """For how many steps in a row `held`, (T,), has been true at each step."""
+    steps = np.arange(1, len(held) + 1)
+    return steps - np.maximum.accumulate(np.where(held, 0, steps))
 
 
 def read_code(text: str) -> str:
-    """The code of an answer: its last fenced block with a function in it, else what starts with `def`."""
-    blocks = [block for block in re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, flags=re.DOTALL) if "def " in block]
-    if blocks:
-        return textwrap.dedent(blocks[-1]).strip() + "\n"
-    lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith("def ")), None)
-    if start is None:
-        raise UnusableReply("there is no function in the answer: put it into a code block that starts with ```python")
-    end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith((" ", "\t", ")", "}"))),
-               len(lines))
-    return "\n".join(lines[start:end]).strip() + "\n"
+    """The code of an answer: all of it if it is Python, else its last block with a function."""
+    text = text.translate(PLAIN)
+    try:
+        whole = any(isinstance(node, ast.FunctionDef) for node in ast.parse(text).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        whole = re.match(r"\s*(import |from \w+ import |\"\"\"|''')", text)  # a file with an error
+    blocks = list(re.finditer(r"(?s)(?:(?:```+|~~~+)[^\n`]*\n)+(.*?)(?:```|~~~|\Z)", text))
+    codes = [block[1] for block in blocks if re.search(r"(?m)^[ \t]*def ", block[1])]
+    bare = re.search(r"(?ms)^def .*?(?=^[^\s)\]}#d]|\Z)", text)
+    if whole:
+        codes = [text]
+    elif bare and (not codes or bare.start() < blocks[0].start()):
+        codes = [bare[0]]
+    if not codes:
+        raise UnusableReply("there is no function in the answer: write it in a ```python block")
+    return textwrap.dedent(codes[-1]).strip() + "\n"
+
+
+# What rankings are written with, and what may stand around their numbers.
+SYMBOLS = (
+    (r"\\(succ|gt)(?![a-z])|[≻≫]|>>+", ">"),
+    (r"\\(sim|approx|equiv|simeq)(?![a-z])|[~∼≈≃≅≡]|==+", "="),
+    (r"\\[a-z]+|\\.", " "),
+    (r"([^\d\s])\s*\n[ \t]*>", r"\1\n"),  # a quotation
+)
+AROUND = (
+    r"<[a-z/|!][^<>\n]{0,80}>",  # a tag or stop token
+    r"\b(attempts?|trajector(y|ies)|episodes?|no\.?|number|[a-zτ](?=_?\d))[ _#*]*(?=[\[({]*\d)",
+    r"\((?=[^()]{0,400}?[^\W\d_])[^()]{0,800}\)",  # a remark
+    r"\[(?=[^][]{0,400}?[^\W\d_])[^][]{0,800}\]",
+)
+MARKUP = r"[][(){}*_`$\\\"'#&|\u200b\ufe0f\u20e3]"
+LABEL = r"(?m)^[^\w\n]*((final|my|the|overall|corrected) +)*ranking( +is)?(?=\s*[:=>\d-]|\s*$)"
+NUMBER = r"(?<![\w.-])([0-9]{1,6})(?!\w|\.[0-9])"
+CHAIN = r"(?<![^\s<>=:])[^\s<>=:]+(?:\s*[<>=]+\s*[^\s<>=:]+)+"
+REVERSE = r"(?<![a-z])(worst|lowest|least|poorest|weakest|bad)[\W_]+(to|first)(?![a-z])|" + (
+    r"(ascending|increasing|reversed?)[\W_]*(order|[):])"
+)
 
 
 def read_ranking(text: str, count: int) -> list[list[int]]:
-    """A ranking of the labels 1..count, best first: list of groups of equals, such as [[3], [1, 2], [4]].
+    """The ranking of 1 to `count` in an answer: groups of equals, best first: [[3], [1, 2], [4]].
 
-    Takes what follows the last "RANKING:" (or the last line that looks like a ranking): a chain such as
-    `3 > 1 = 2 > 4`, a plain list, or JSON. Raises UnusableReply for missing, repeated or unknown labels.
+    It is the chain such as `3 > 1 = 2 > 4` that holds each number once and stands after the last
+    line that begins with RANKING, if there is one; no other chain there may contradict it.
     """
-    marked = re.split(r"ranking\W{0,4}:", text, flags=re.IGNORECASE)
-    lines = [line for line in text.splitlines() if re.fullmatch(r"[\W_]*\d+([\W_]+\d+)+[\W_]*", line)]
-    if len(marked) == 1 and not lines:
-        raise UnusableReply('no ranking found: end with a line such as "RANKING: 2 > 4 = 1 > 3"')
-    body = (marked[-1] if len(marked) > 1 else lines[-1]).strip(" \n\t*`")
-    if body.startswith("["):
-        try:
-            items, _ = json.JSONDecoder().raw_decode(body)
-        except (ValueError, RecursionError):
-            raise UnusableReply("the list after RANKING cannot be read") from None
-        groups = [item if isinstance(item, list) else [item] for item in items]
-    else:
-        chain = re.sub(r"(?i)\b(attempts?|trajectory|number|no\.)|#", " ", body.split("\n")[0]).strip()
-        parts = re.split(r"[>≻]", chain) if re.search("[>≻=]", chain) else re.split(r"[,\s]+", chain)
-        groups = [re.split(r"[=~≈]", part) for part in parts]
-    groups = [[str(label).strip(" \t.;,*`(){}\"'") for label in group] for group in groups]
-    for label in itertools.chain(*groups):
-        if not re.fullmatch(r"[0-9]{1,4}", label):
-            raise UnusableReply(f"{label[:40]!r} in the ranking is not the number of an attempt")
-    groups = [[int(label) for label in group] for group in groups]
-    named, known = Counter(itertools.chain(*groups)), set(range(1, count + 1))
-    wrong = {"missing": known - set(named), "unknown": set(named) - known,
-             "named more than once": {label for label in named if named[label] > 1}}
-    if any(wrong.values()):
-        raise UnusableReply(f"the ranking must hold each number from 1 to {count} once; " + "; ".join(
-            f"{what}: {', '.join(map(str, sorted(labels)))}" for what, labels in wrong.items() if labels))
+    text = unicodedata.normalize("NFKC", html.unescape(text)).lower()
+    text = re.sub(r"(?<=ranking)\W{1,9}(\[\s*\[[\d\s,\"'[\]]*\]\s*\])", _chain_of_groups, text)
+    for pattern, symbol in SYMBOLS:
+        text = re.sub(pattern, symbol, text)
+    plain = text
+    for pattern in (*AROUND, *AROUND, MARKUP):  # twice, since brackets may be nested
+        plain = re.sub(pattern, lambda match: re.sub(r"[^\n]", " ", match[0]), plain)
+    begin = max((label.end() for label in re.finditer(LABEL, plain)), default=0)
+    everyone = [str(label) for label in range(1, count + 1)]
+    numbers, chosen = [], None
+    for chain in re.finditer(CHAIN, plain[begin:]):
+        numbers = [number.strip(".,;!?。") for number in re.split(r"[<>=\s]+", chain[0])]
+        if sorted(numbers) == sorted(everyone):
+            chosen = chain
+    if not chosen:
+        times = Counter(numbers)
+        missing = ", ".join(number for number in everyone if number not in times)
+        odd = ", ".join(n for n in times if times[n] > 1 or n not in everyone)
+        raise UnusableReply(
+            'end with a line such as "RANKING: 2 > 4 = 1 > 3" that holds each number from 1 to '
+            f"{count} once; missing: {missing or 'none'}; unknown or repeated: {odd[:99] or 'none'}"
+        )
+    start = begin + chosen.start()
+    near = text[max(0, (begin or start) - 120) : start] + text[start:].split("\n")[0]
+    if re.search(REVERSE, near) or set(re.findall("[<>=]+", chosen[0])) - {">", "="}:
+        raise UnusableReply("rank from best to worst, with > for better and = for equal alone")
+    groups = [[int(n) for n in re.findall("[0-9]+", group)] for group in chosen[0].split(">")]
+    place = {label: i for i, group in enumerate(groups) for label in group}
+    for one, sign, other in re.findall(rf"{NUMBER}\s*([<>=]+)\s*(?={NUMBER})", plain[begin:]):
+        gap = place.get(int(other), math.nan) - place.get(int(one), math.nan)
+        if (
+            (gap > 0 and ">" not in sign)
+            or (gap < 0 and "<" not in sign)
+            or (gap == 0 and "=" not in sign)
+        ):
+            raise UnusableReply(f"{one} {sign} {other} contradicts the rest: give one RANKING")
     return groups
 
 
-def read_analysis(text: str, params: dict[str, float]) -> tuple[str, dict[str, float]]:
-    """(what blocks the skill, new values by name) from the last JSON object with "params" in an answer.
+def _chain_of_groups(match) -> str:
+    """JSON groups, such as [[3], [], [1, 2]], as a chain."""
+    groups = re.findall(r"\[([\d\s,\"']+)\]", match[1])
+    return ": " + " > ".join(group.replace(",", " = ") for group in groups)
 
-    params: dict of the present values. Raises UnusableReply for unknown names, non-numbers, and signs that a
-    positive parameter cannot have.
+
+def read_analysis(text: str, params: dict) -> tuple[str, dict]:
+    """(what blocks the skill, new values by name) from the last JSON object with "params".
+
+    params: the present values. A positive one stays positive. Raises UnusableReply.
     """
-    found = None
-    for match in list(re.finditer(r"\{", text))[-200:]:
+    text, found, end = text.translate(PLAIN), [], 0
+    decoder = json.JSONDecoder(strict=False, object_pairs_hook=_each_once)
+    while (start := text.find("{", end)) >= 0:
+        before, depth = text[end:start][-80:].lower(), 0
         try:
-            value, _ = json.JSONDecoder().raw_decode(text, match.start())
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and "params" in value:
-            found = value
-    if found is None:
-        raise UnusableReply('no JSON object of the form {"blocked_by": "...", "params": {"name": number}} found')
-    changes = found["params"]
-    if not isinstance(changes, dict):
-        raise UnusableReply('"params" must be an object with the new values by name; {} changes none')
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            at = getattr(error, "pos", start)
+            value = f"{error}, after {text[max(0, at - 40) : at]!r}"
+            for bracket in re.finditer("[{}]|$", text[start:]):  # skip what is inside
+                depth += {"{": 1, "}": -1}.get(bracket[0], 0)
+                end = start + bracket.end()
+                if depth == 0:
+                    break
+        if "params" in text[start:end]:
+            found.append((before, value, end))
+    before, answer, end = found[-1] if found else ("", {}, 0)
+    if isinstance(answer, str):
+        raise UnusableReply(f"the last JSON object cannot be read: {answer}")
+    changes = answer.get("params")
+    if not isinstance(changes, dict) or re.search(r"params\W{0,4}[:=]", text[end:]):
+        raise UnusableReply('end with one JSON object with "params": {"name": number}')
+    aside = re.search(
+        r"\b(form|format|example|alternative\w*|option|or|if|try)\b|\([^()]*$|^[\s,]*$", before
+    )
+    if any(draft != answer for _, draft, _ in found) and (not changes or aside):
+        raise UnusableReply('there are several objects with "params": give one')
     for name, value in changes.items():
         if name not in params:
             raise UnusableReply(f"{name} is not a parameter; there are {', '.join(params)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
-            raise UnusableReply(f"the new value of {name} must be a number below 1e9, not {value!r:.40}")
+        if type(value) not in (int, float) or not abs(value) < 1e9:
+            raise UnusableReply(f"{name} must be a number below 1e9, not {value!r:.40}")
         if params[name] > 0 and value <= 0:
-            raise UnusableReply(f"{name} is a positive parameter: its new value cannot be {value:g}")
-    blocked_by = "".join(c if c.isprintable() else " " for c in str(found.get("blocked_by", "")))
+            raise UnusableReply(f"{name} is a positive parameter: it cannot become {value:g}")
+    blocked_by = "".join(c if c.isprintable() else " " for c in str(answer.get("blocked_by", "")))
     return " ".join(blocked_by.split()), {name: float(value) for name, value in changes.items()}
+
+
+def _each_once(pairs) -> dict:
+    """A JSON object's names and values as a dict. Raises ValueError for a name that comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a name comes twice in {', '.join(name for name, _ in pairs)}")
+    return dict(pairs)

@@ -1,192 +1,126 @@
-"""NOT a language model: a scripted stand-in for one, so that the whole loop runs without a key and without network.
+"""NOT a language model: a scripted stand-in, so that the loop runs without a key or a network.
 
-    llm = LLM(StandIn(), record=print)
+    from llm import LLM
+    from standin import StandIn
 
-It answers from the prompt's text alone. Rankings follow B-Pref's scripted teachers (Lee et al., 2021) and work for any
-task: a progress score for each attempt, read off its description, and equal preference where a score is within EQUAL of
-the best of its group. For touch, grasp and push, proposals are written out beforehand in prompts/offline/, with the first
-numbers that the paper reports (contact threshold 1 N, push weight 2.0), and failure analyses try out the reward in the
-prompt, whoever wrote it, on typical readings of each stage; for other tasks they change nothing.
+    llm = LLM(StandIn())
+
+It answers from the prompt's text alone. Its rankings follow B-Pref's scripted teachers (Lee et al.,
+2021) and work for any task: each attempt gets a progress score from its description, and scores
+within EQUAL are equal. Its proposals for touch, grasp and push are in prompts/offline/, with the
+first numbers that the paper reports. Its failure analyses change nothing.
 """
 
-import json
 import re
 
 import numpy as np
 
-from llm import PROMPTS, LLMError, Reply, prompt, read_code
-from reward import Reward, RewardError
+from llm import PROMPTS, LLMError, Reply
 
-EQUAL = 0.1             # progress scores this close to the best of their group are equal to it
-FACTORS = (3.0, 0.3, 10.0, 0.1)   # by which an analysis may change a parameter, mildest first
-CHANGED = 3             # parameters in one analysis, at most
-PAYS = 0.3              # share of all there is to gain up to the next stage which that stage should pay at least
-PAYS_STUCK = 0.5        # ... where nothing has succeeded in the last ten evaluations: as much as all before it
-
-# Typical readings at the start of an attempt and at each stage, as the features' descriptions in the prompt give them.
-STAGES = {
-    "touch": (dict(hand_to_block=0.15, hand_beside_block=0.13, hand_above_block=0.07, hand_height=0.09, hand_speed=0.2,
-                   contact_force=0.0, block_displacement=0.0, block_speed=0.0),
-              dict(hand_to_block=0.05, hand_beside_block=0.045, hand_above_block=0.01, hand_height=0.03, hand_speed=0.05),
-              dict(hand_to_block=0.033, hand_beside_block=0.032, contact_force=0.15, block_displacement=0.01)),
-    "grasp": (dict(hand_to_block=0.13, hand_beside_block=0.05, hand_above_block=0.12, hand_height=0.14, gripper_opening=0.07,
-                   contact_force=0.0, grip_force=0.0, block_height=0.0, block_displacement=0.0),
-              dict(hand_to_block=0.01, hand_beside_block=0.008, hand_above_block=0.005, hand_height=0.025),
-              dict(gripper_opening=0.042, contact_force=6.0, grip_force=3.0, block_displacement=0.01),
-              dict(hand_height=0.11, block_height=0.085, block_displacement=0.03)),
-    "push": (dict(hand_to_block=0.075, hand_beside_block=0.074, hand_above_block=0.01, hand_height=0.03, hand_speed=0.15,
-                  contact_force=0.0, block_displacement=0.0, block_speed=0.0, block_to_goal=0.13, push_alignment=0.98),
-             dict(hand_to_block=0.033, hand_beside_block=0.032, contact_force=0.25, hand_speed=0.1),
-             dict(block_to_goal=0.01, block_displacement=0.12, block_speed=0.0, hand_speed=0.02, contact_force=0.05)),
-}
+EQUAL = 0.1  # scores this close to the best of their group are equal to it
+REACHES = {"<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
 
 
 class StandIn:
-    """A backend of `llm.LLM`: maps chat messages to a `Reply`. Raises LLMError for prompts that it does not know."""
+    """A backend of `llm.LLM`. Raises LLMError for questions that it does not know."""
 
-    def __call__(self, messages):
+    def __call__(self, messages: list[dict]) -> Reply:
         text = messages[0]["content"]
-        task = re.search(r"^Task: (\w+)", text, flags=re.MULTILINE)
+        task = re.search(r"^Task: (\w+)", text, re.MULTILINE)
         if len(messages) > 1 or not task:
-            raise LLMError("the offline stand-in knows the questions in prompts/ only, and no other answers to them; set "
-                           "OPENAI_API_KEY or OPENAI_BASE_URL to ask a real LLM")
-        if "write the better reward function" in text:
-            raise LLMError("the offline stand-in writes no code; set OPENAI_API_KEY or OPENAI_BASE_URL to ask a real LLM")
+            raise LLMError(
+                "the offline stand-in only knows the questions in prompts/: set OPENAI_API_KEY or "
+                "OPENAI_BASE_URL to ask a language model"
+            )
         if '"blocked_by"' in text:
-            return Reply(analyse(task[1], text))
+            return Reply('The stand-in is no LLM. {"blocked_by": "unknown to it", "params": {}}')
         if "RANKING:" in text:
             return Reply(rank(text))
-        if not (PROMPTS / "offline" / f"{task[1]}.txt").exists():
-            raise LLMError(f"the offline stand-in has no proposal for {task[1]}: start from one of your own with --proposal FILE, "
-                           "or set OPENAI_API_KEY or OPENAI_BASE_URL to ask a real LLM")
-        return Reply(prompt(f"offline/{task[1]}"))
+        proposal = PROMPTS / "offline" / f"{task[1]}.txt"
+        if not proposal.exists():
+            raise LLMError(
+                f"the offline stand-in has no first reward for {task[1]}: give one with --proposal "
+                "FILE, or set OPENAI_API_KEY or OPENAI_BASE_URL to ask a language model"
+            )
+        return Reply(proposal.read_text(encoding="utf-8"))
 
 
-def attempts_of(text):
-    """What the descriptions in a prompt say: {number: attempt}, see `attempt_of`."""
-    bodies = re.findall(r"^Attempt (\d+):(.*?)(?=^Attempt \d+:|^\S|\Z)", text, re.DOTALL | re.MULTILINE)
-    return {int(number): attempt_of(body) for number, body in bodies}
+def rank(text: str) -> str:
+    """The answer to prompts/rank.txt: attempts by score, best first."""
+    consecutive = re.search(r"(\d+) consecutive", text)
+    steps = int(consecutive[1]) if consecutive else 1
+    scores = {label: score(attempt, steps) for label, attempt in read_attempts(text).items()}
+    ranking, best = "", np.inf
+    for label in sorted(scores, key=scores.get, reverse=True):
+        equal = best - scores[label] < EQUAL
+        ranking += f" = {label}" if equal else f" > {label}"
+        best = best if equal else scores[label]
+    listed = "\n".join(f"Attempt {label}: progress {s:.2f}" for label, s in scores.items())
+    return f"Scripted preferences, not an LLM's.\n{listed}\n\nRANKING: {ranking[3:]}"
 
 
-def attempt_of(body):
-    """One description as a dict: `fulfils`; `readings`, (first, last, lowest, highest) by feature; `steps` and `run` by
-    condition, in how many steps it held and its longest run before a limit broke; `excess`, from 1 on, how far a limit was
-    broken at worst, None where all were kept."""
-    readings = {}
-    for name, row in re.findall(r"^ +(\w+) (-?[\d.]+(?:e[-+]\d+)? .*\| [-\d].*)$", body, re.MULTILINE):
-        moments, extremes = row.split("|")
-        readings[name] = (float(moments.split()[0]), float(moments.split()[-1]), *map(float, extremes.split()))
-    steps, run = {}, {}
-    for condition, held, rest in re.findall(r"^ +(\w+ [<>]=? .*?): (\d+) of \d+ steps(.*)$", body, re.MULTILINE):
-        runs = re.findall(r"longest run (\d+)|, (\d+) before a limit broke", rest)
-        steps[condition], run[condition] = int(held), int("".join(runs[-1])) if runs else 0
-    excess = [worst / limit if worst > limit > 0 else 1 + abs(worst - limit) for limit, worst in (map(float, both) for both in
-              re.findall(r"^ +limit \w+ [<>]=? (\S+): broken .* (?:highest|lowest) reading (\S+)$", body, re.MULTILINE))]
-    return {"fulfils": " fulfils the task" in body.split("\n")[0], "readings": readings, "steps": steps, "run": run,
-            "excess": max(excess, default=None)}
+def read_attempts(text: str) -> dict[int, dict]:
+    """What the descriptions in a prompt say, by the attempts' labels."""
+    pattern = r"^Attempt (\d+):(.*?)(?=^Attempt \d+:|^\S|\Z)"
+    found = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
+    return {int(label): read_attempt(body) for label, body in found}
 
 
-def score(attempt, steps):
-    """How far an attempt gets: 1 for each stage and 2 for the last, success, kept up for `steps` steps running.
+def read_attempt(body: str) -> dict:
+    """One description.
 
-    A stage that is not reached counts by the share of the way that its readings go, and later ones do not count. An
-    attempt that breaks a limit stays below every one that keeps them and comes near; 2 more for fulfilling the task, and
-    up to 0.5 for keeping it up.
+    fulfils: bool. readings: (first, lowest, highest) by feature. steps, run: by condition, in how
+    many steps it held and its longest run before a limit was broken. excess: how far a limit was
+    broken at worst, from 1 on; 0 when none was.
     """
-    def way(condition):
-        name, sign, value = condition.split(" ")
-        first, _, low, high = attempt["readings"][name]
-        best, value = low if sign == "<=" else high, float(value)
-        if {"<=": best <= value, ">": best > value, ">=": best >= value}[sign]:
-            return 1.0
-        return (best - first) / (value - first) if value != first else 0.0
+    readings, steps, run, excess = {}, {}, {}, [0.0]
+    for name, first, low, high in re.findall(
+        r"^ +(\w+) (-?[\d.]\S*) .*\| (-?[\d.]\S*) (-?[\d.]\S*)$", body, re.MULTILINE
+    ):
+        readings[name] = float(first), float(low), float(high)
+    for condition, held, rest in re.findall(
+        r"^ +(\w+ [<>]=? .*?): (\d+) of \d+ steps(.*)$", body, re.MULTILINE
+    ):
+        longest = re.search(r"longest run (\d+)", rest)
+        before = re.search(r", (\d+) before a limit broke", rest) or longest
+        steps[condition], run[condition] = int(held), int(before[1]) if before else 0
+    for limit, worst in re.findall(
+        r"^ +limit \w+ [<>]=? (\S+): broken .* (?:highest|lowest) reading (\S+)$",
+        body,
+        re.MULTILINE,
+    ):
+        limit, worst = float(limit), float(worst)
+        excess.append(worst / limit if worst > limit > 0 else 1 + abs(worst - limit))
+    fulfils = " fulfils the task" in body.split("\n")[0]
+    attempt = {"fulfils": fulfils, "readings": readings, "steps": steps, "run": run}
+    return {**attempt, "excess": max(excess)}
 
+
+def score(attempt: dict, steps: int) -> float:
+    """How far an attempt gets: 1 for each stage reached, 1 more for keeping up the last one.
+
+    A stage that is not reached counts by the share of the way to it, and ends the count. Success
+    adds 2, and up to 0.5 for keeping it up. An attempt that breaks a limit stays below all that
+    come near without breaking one.
+    """
     stages = {stage: stage.split(" and ") for stage in attempt["run"]}
-    *_, goal = stages
+    first, goal = list(stages)[0], list(stages)[-1]
+    if attempt["excess"]:
+        return 0.5 * way(attempt["readings"], stages[first][0]) / attempt["excess"]
     total = min(attempt["run"][goal], steps) / steps
     for stage, conditions in stages.items():
-        reached = attempt["run"][stage] > 0 or attempt["fulfils"]
-        total += 1.0 if reached else np.mean([way(condition) for condition in conditions])
-        if not reached:
+        if not attempt["run"][stage] and not attempt["fulfils"]:
+            total += np.mean([way(attempt["readings"], condition) for condition in conditions])
             break
-    if attempt["excess"]:                                         # rough contact is worse than none
-        total = 0.5 * way(stages[next(iter(stages))][0]) / attempt["excess"]
+        total += 1.0
     return float(total + attempt["fulfils"] * (2 + 0.5 * attempt["steps"][goal] / 50))
 
 
-def scores_of(text):
-    """The score of each attempt that is described in a prompt, by number. Success takes as many steps as the task says."""
-    steps = re.search(r"(\d+) consecutive", text)
-    return {number: score(attempt, int(steps[1]) if steps else 1) for number, attempt in attempts_of(text).items()}
-
-
-def rank(text):
-    """The answer to prompts/rank.txt: attempts by score, those closer than EQUAL to the best of their group equal."""
-    scores = scores_of(text)
-    ranking, best = "", None
-    for number in sorted(scores, key=scores.get, reverse=True):
-        equal = best is not None and best - scores[number] < EQUAL
-        ranking += f" = {number}" if equal else f" > {number}"
-        best = best if equal else scores[number]
-    listed = "\n".join(f"Attempt {number}: progress {value:.2f}" for number, value in scores.items())
-    return f"Scripted preferences of the offline stand-in, not an LLM's.\n{listed}\n\nRANKING: {ranking[3:]}"
-
-
-def analyse(task, text):
-    """The answer to prompts/analyse.txt: the mildest change of a few parameters after which the blocked stage pays enough."""
-    if task not in STAGES:
-        return scripted_analysis("no parameter that the stand-in could tell: it has typical readings of touch, grasp and push only", {})
-    try:
-        reward = Reward(read_code(text), list(STAGES[task][0]))
-    except (RewardError, ValueError) as error:
-        raise LLMError(f"the offline stand-in cannot read the reward in the prompt: {error}") from None
-    stage, stages = {}, []
-    for change in STAGES[task]:
-        stage = {**stage, **change}
-        stages.append(stage)
-    # Readings at each stage and, between two of them, half of the way.
-    points = [stages[0]] + [point for one, other in zip(stages, stages[1:])
-                            for point in ({name: (one[name] + other[name]) / 2 for name in one}, other)]
-    features = {name: np.array([point[name] for point in points]) for name in points[0]}
-
-    # The stage that is blocked: the one after the last whose condition at least half of the attempts meet.
-    met = [list(attempt["steps"].values()) for attempt in attempts_of(text).values()]
-    reached = [k for k in range(len(stages) - 1) if met and np.mean([steps[k] > 0 for steps in met]) >= 0.5]
-    blocked = min(max(reached, default=-1) + 1, len(stages) - 2)
-
-    def gains(params):
-        """What each stage pays more than the one before, up to the blocked one: the mean of what the whole way there pays
-        and twice what its first half does, so that a reward at the end alone counts half."""
-        r = reward.total(features, params)
-        start, halfway, end = r[:-2:2], r[1::2], r[2::2]
-        return ((end - start) / 2 + (halfway - start))[:blocked + 1]
-
-    def share(params):
-        """What the blocked stage pays, as a share of all gains and losses up to it."""
-        all_ = np.abs(gains(params)).sum()
-        return float(gains(params)[-1] / all_) if np.isfinite(all_) and all_ > 0 else 0.0
-
-    # One parameter after the other: the mildest change that lets the blocked stage itself pay more, and enough, else the
-    # one after which it pays most.
-    progress = re.search(r"^Success in the evaluations.*\n(.*)", text, re.MULTILINE)
-    lately = re.findall(r": (\d+)%", progress[1])[-10:] if progress else []
-    pays = PAYS_STUCK if lately and not any(map(int, lately)) else PAYS
-    why, params = "no parameter is to blame: going on pays enough", {}
-    if share({}) < pays:
-        why = f"stage {blocked + 1} pays {share({}):.0%} of all there is to gain up to it, too little"
-    while share(params) < pays and len(params) < CHANGED:
-        best = []                                                 # of each factor's changes, the one after which it pays most
-        for factor in FACTORS:
-            tried = [{**params, name: float(f"{value * factor:.3g}")} for name, value in reward.params.items() if name not in params]
-            pay_more = [change for change in tried if gains(change)[-1] > gains(params)[-1] + 1e-9]
-            best += [max(pay_more, key=share)] if pay_more else []
-        chosen = next((change for change in best if share(change) >= pays), max(best, key=share, default=params))
-        if share(chosen) < min(pays, share(params) + 0.05):           # it hardly helps
-            break
-        params = chosen
-    return scripted_analysis(why, params)
-
-
-def scripted_analysis(why, params):
-    answer = json.dumps({"blocked_by": why, "params": params})
-    return f"Scripted failure analysis of the offline stand-in, not an LLM's.\n\n```json\n{answer}\n```"
+def way(readings: dict, condition: str) -> float:
+    """The share of the way from an attempt's first reading to a condition that it went."""
+    name, sign, value = condition.split(" ")
+    value, (first, low, high) = float(value), readings[name]
+    best = low if sign == "<=" else high
+    if REACHES[sign](best, value):
+        return 1.0
+    return (best - first) / (value - first) if value != first else 0.0

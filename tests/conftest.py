@@ -1,7 +1,126 @@
+"""A dot on a line, quick enough to run the whole loop on in a second."""
+
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
+
+from envs import Feature, Space, Task  # noqa: E402
+from llm import LLM  # noqa: E402
+from run import Run  # noqa: E402
+from selfalign import Config, train, update_theta  # noqa: E402
+from standin import StandIn  # noqa: E402
+
+TASK = Task(
+    name="reach",
+    goal="Reach the mark and stay there for 3 consecutive steps.",
+    features={
+        "distance": Feature("m", 0, 2, "from the mark"),
+        "speed": Feature("m/s", 0, 2, "of the dot"),
+    },
+    success=(("distance", "<=", 0.05),),
+    steps=3,
+    robot="a dot",
+    dt=0.1,
+    horizon=20,
+)
+REWARD = """def r(distance, speed, scale=5.0, w=3.0):
+    return {'near': np.exp(-distance / scale), 'fast': w * speed}
+"""
+
+
+class Dot:
+    """Moves along a line. As an image, it is a bright column."""
+
+    action_space = Space(-1.0, 1.0, (1,), np.float32)
+    observation_space = Space(-9.0, 9.0, (2,), np.float32)
+    length = 20
+    fuse = None  # steps until the process is as good as killed
+
+    def reset(self, seed=None, options=None):
+        rng = np.random.default_rng(seed)
+        self.x, self.v, self.t, self.held = rng.uniform(-1, 1), 0.0, 0, 0
+        return self.observation(), {}
+
+    def observation(self):
+        return np.array([self.x, self.v], np.float32)
+
+    def step(self, action):
+        if Dot.fuse is not None:
+            Dot.fuse -= 1
+            if Dot.fuse < 0:
+                raise Killed
+        self.v = 0.2 * float(action[0])
+        self.x, self.t = self.x + self.v, self.t + 1
+        self.held = self.held + 1 if abs(self.x) <= 0.05 else 0
+        features = {"distance": abs(self.x), "speed": abs(self.v)}
+        info = {"features": features, "success": self.held >= 3}
+        over = self.t == self.length
+        return self.observation(), float(self.held >= 3), False, over, info
+
+
+class Picture(Dot):
+    observation_space = Space(0, 255, (9, 36, 36), np.uint8)
+
+    def observation(self):
+        frame = np.zeros((9, 36, 36), np.uint8)
+        frame[:, :, int(np.clip(18 + 9 * self.x, 0, 35))] = 255
+        return frame
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing after it is carried out."""
+
+
+SMALL = dict(
+    seed=5,
+    steps=700,
+    workers=False,
+    update_every=300,
+    ranked=4,
+    eval_every=100,
+    eval_episodes=2,
+    explore=100,
+    noise_end=0.5,
+    noise_steps=500,
+    batch=16,
+    hidden=16,
+    rising=1.0,
+    llm="offline",
+)
+
+
+@pytest.fixture
+def go(tmp_path):
+    """go(name, ...) lives a small run of the dot in the folder NAME, or resumes it."""
+    (tmp_path / "r.py").write_text(REWARD)
+
+    def go(name, make_env=Dot, task=TASK, backend=None, update=update_theta, replay=None, **values):
+        folder = tmp_path / name
+        run = Run(folder, resume=(folder / "settings.json").exists())
+        values = {**SMALL, "proposal": str(tmp_path / "r.py"), **run.settings, **values}
+        llm = LLM(backend or StandIn(), folder / "llm.jsonl", replay)
+        return train(make_env, task, llm, run, Config(**values), update)
+
+    return go
+
+
+def contents(folder):
+    """The bytes of all files of a run that two equal runs have in common."""
+    left_out = {"settings.json", "llm.jsonl", "checkpoint.pt"}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in files
+        if path.name not in left_out
+    }
+
+
+def settings(**values):
+    return asdict(Config(**{**SMALL, **values}))

@@ -17,8 +17,14 @@ def fill(buffer, lengths, terminated=False, first=0):
         buffer.begin(np.array([episode, 0.0]))
         for t in range(length):
             done = t == length - 1
-            buffer.add([0.0], np.array([episode, t + 1.0]), 10.0 * episode + t, done and terminated,
-                       done and not terminated, [episode, t])
+            buffer.add(
+                [0.0],
+                np.array([episode, t + 1.0]),
+                10.0 * episode + t,
+                done and terminated,
+                done and not terminated,
+                [episode, t],
+            )
 
 
 @pytest.mark.parametrize("terminated", [False, True])
@@ -27,9 +33,15 @@ def test_n_step_targets_of_a_written_out_episode(terminated):
     buffer = ReplayBuffer(100, (1,), (1,), nstep=3, discount=0.5)
     buffer.begin(np.array([0.0]))
     for t in range(4):
-        buffer.add([t], np.array([t + 1.0]), t + 1.0, terminated and t == 3, not terminated and t == 3)
-    expected = {0: (1 + 2 / 2 + 3 / 4, 1 / 8, 3), 1: (2 + 3 / 2 + 4 / 4, 1 / 8, 4), 2: (3 + 4 / 2, 1 / 4, 4),
-                3: (4, 1 / 2, 4)}
+        buffer.add(
+            [t], np.array([t + 1.0]), t + 1.0, terminated and t == 3, not terminated and t == 3
+        )
+    expected = {
+        0: (1 + 2 / 2 + 3 / 4, 1 / 8, 3),
+        1: (2 + 3 / 2 + 4 / 4, 1 / 8, 4),
+        2: (3 + 4 / 2, 1 / 4, 4),
+        3: (4, 1 / 2, 4),
+    }
     obs, action, reward, discount, next_obs = buffer.sample(500)
     assert set(obs[:, 0]) == {0, 1, 2, 3}
     for o, a, r, d, n in zip(obs[:, 0], action[:, 0], reward, discount, next_obs[:, 0]):
@@ -50,10 +62,10 @@ def test_ring_agrees_with_a_naive_buffer():
     # After each of many episodes, so that the ring's oldest row has been every row of an episode.
     rng = np.random.default_rng(0)
     buffer = ReplayBuffer(37, (2,), (1,), n_features=2, nstep=3, discount=0.9)
-    rows, lengths, ends = [], [], []                                # a row per observation: (episode, step)
+    rows, lengths, ends = [], [], []  # a row per observation: (episode, step)
     for episode in range(60):
         lengths.append(int(rng.integers(1, 12)))
-        ends.append(bool(rng.random() < 0.5))                        # terminated, or else out of time
+        ends.append(bool(rng.random() < 0.5))  # terminated, or else out of time
         fill(buffer, lengths[-1:], ends[-1], first=episode)
         rows += [(episode, t) for t in range(lengths[-1] + 1)]
         kept = {(e, t) for e, t in rows[-37:] if t < lengths[e]}
@@ -63,10 +75,14 @@ def test_ring_agrees_with_a_naive_buffer():
         assert set(starts) == kept and len(starts) == 600
         steps = [min(3, lengths[e] - t) for e, t in starts]
         np.testing.assert_array_equal(next_obs, [(e, t + m) for (e, t), m in zip(starts, steps)])
-        np.testing.assert_allclose(reward, [sum(0.9 ** k * (10 * e + t + k) for k in range(m))
-                                            for (e, t), m in zip(starts, steps)])
-        np.testing.assert_allclose(discount, [0 if ends[e] and t + m == lengths[e] else 0.9 ** m
-                                              for (e, t), m in zip(starts, steps)])
+        np.testing.assert_allclose(
+            reward,
+            [sum(0.9**k * (10 * e + t + k) for k in range(m)) for (e, t), m in zip(starts, steps)],
+        )
+        np.testing.assert_allclose(
+            discount,
+            [0 if ends[e] and t + m == lengths[e] else 0.9**m for (e, t), m in zip(starts, steps)],
+        )
         # Episodes are shown whole or not at all.
         whole = [e for e in range(episode + 1) if (e, 0) in rows[-37:]]
         for features, e in zip(buffer.episodes(), whole, strict=True):
@@ -75,7 +91,7 @@ def test_ring_agrees_with_a_naive_buffer():
 
 def test_the_longest_episode_fills_the_buffer():
     buffer = ReplayBuffer(9, (2,), (1,), n_features=2, nstep=1)
-    fill(buffer, [8])                                                # and its last observation
+    fill(buffer, [8])  # and its last observation
     assert len(buffer) == 8
     with pytest.raises(ValueError, match="raise capacity"):
         fill(buffer, [9])
@@ -99,7 +115,7 @@ def test_open_episode_is_not_sampled_and_overwrites_safely():
 def test_frames_are_stored_once_and_stacked_from_the_episode_start():
     buffer = ReplayBuffer(64, (9, 4, 4), (1,), obs_dtype=np.uint8, frame_stack=3)
     stacks = {}
-    for episode in range(9):                                        # more than the ring holds
+    for episode in range(9):  # more than the ring holds
         frames = [np.full((3, 4, 4), 20 * episode)] * 3
         buffer.begin(np.concatenate(frames))
         stacks[20 * episode] = np.concatenate(frames)
@@ -116,7 +132,9 @@ def test_frames_are_stored_once_and_stacked_from_the_episode_start():
         np.testing.assert_array_equal(o, stacks[newest])
         np.testing.assert_array_equal(n, stacks[min(newest + 3, newest // 20 * 20 + 10)])
     # The ring holds the last 64 of 99 rows: from step 2 of episode 3, whose own stack lacks a frame, as does step 3's.
-    assert seen == {20 * 3 + t for t in range(4, 10)} | {20 * e + t for e in range(4, 9) for t in range(10)}
+    assert seen == {20 * 3 + t for t in range(4, 10)} | {
+        20 * e + t for e in range(4, 9) for t in range(10)
+    }
 
 
 def test_relabel_changes_every_reward_and_nothing_else():
@@ -129,11 +147,14 @@ def test_relabel_changes_every_reward_and_nothing_else():
     def reward(features):
         seen.extend(features.tolist())
         return 100 * features[:, 0] + features[:, 1] ** 2
+
     buffer.relabel(reward)
-    assert seen == [[e, t] for e, n in ((0, 4), (1, 6)) for t in range(n)] + [[2, 0]]      # of every step taken, and of no other row
+    assert seen == [[e, t] for e, n in ((0, 4), (1, 6)) for t in range(n)] + [
+        [2, 0]
+    ]  # of every step taken, and of no other row
     for o, _, r, _, _ in zip(*buffer.sample(300)):
         assert r == 100 * o[0] + o[1] ** 2
-    assert buffer.reward[buffer.rows - 2] == 200                    # also in the episode that is still open
+    assert buffer.reward[buffer.rows - 2] == 200  # also in the episode that is still open
     episodes = buffer.episodes()
     assert [len(e) for e in episodes] == [4, 6]
     np.testing.assert_array_equal(episodes[1], [[1, t] for t in range(6)])
@@ -141,13 +162,20 @@ def test_relabel_changes_every_reward_and_nothing_else():
 
 def shifted(images):
     """The paper's shift, without interpolation: a window at a random place of the image, its edges repeated by 4."""
-    size, padded = images.shape[-1], np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="edge")
+    size, padded = (
+        images.shape[-1],
+        np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="edge"),
+    )
     corners = torch.randint(0, 9, (len(images), 1, 1, 2)).reshape(-1, 2).tolist()
-    return torch.as_tensor(np.stack([image[:, y:y + size, x:x + size] for image, (x, y) in zip(padded, corners)]))
+    return torch.as_tensor(
+        np.stack([image[:, y : y + size, x : x + size] for image, (x, y) in zip(padded, corners)])
+    )
 
 
 def test_random_shift_moves_each_image_by_whole_pixels_and_keeps_channels_together():
-    images = torch.rand(8, 3, 84, 84, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(
+        8, 3, 84, 84, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     torch.manual_seed(1)
     got = random_shift(images)
     torch.manual_seed(1)
@@ -162,7 +190,9 @@ def test_random_shifts_are_equally_likely(pad):
     torch.manual_seed(0)
     image, n = torch.arange(144.0).reshape(1, 1, 12, 12), 2 * pad + 1
     padded = torch.nn.functional.pad(image, (pad,) * 4, mode="replicate")[0, 0]
-    windows = torch.stack([padded[i:i + 12, j:j + 12] for i in range(n) for j in range(n)]).flatten(1)
+    windows = torch.stack(
+        [padded[i : i + 12, j : j + 12] for i in range(n) for j in range(n)]
+    ).flatten(1)
     got = random_shift(image.repeat(100 * n * n, 1, 1, 1), pad).flatten(1)
     distance, which = torch.cdist(got, windows, p=float("inf")).min(dim=1)
     assert distance.max() < 1e-2
@@ -212,7 +242,9 @@ def linear(p, name, x):
 def hidden(p, x):
     """The trunk: a linear layer, normalised and squashed."""
     x = linear(p, "trunk.0", x)
-    x = (x - x.mean(1, keepdim=True)) / torch.sqrt(((x - x.mean(1, keepdim=True)) ** 2).mean(1, keepdim=True) + 1e-5)
+    x = (x - x.mean(1, keepdim=True)) / torch.sqrt(
+        ((x - x.mean(1, keepdim=True)) ** 2).mean(1, keepdim=True) + 1e-5
+    )
     return torch.tanh(x * p["trunk.1.weight"] + p["trunk.1.bias"])
 
 
@@ -224,7 +256,9 @@ def head(p, name, x):
 
 def smaller_q(p, obs, action):
     both = torch.cat([hidden(p, obs), action], 1)
-    return torch.where(head(p, "q1", both) < head(p, "q2", both), head(p, "q1", both), head(p, "q2", both))
+    return torch.where(
+        head(p, "q1", both) < head(p, "q2", both), head(p, "q1", both), head(p, "q2", both)
+    )
 
 
 def noisy(action, std):
@@ -242,16 +276,23 @@ class Adam:
 
     def step(self, loss):
         self.t += 1
-        for (name, p), g in zip(self.params.items(), torch.autograd.grad(loss, list(self.params.values()))):
+        for (name, p), g in zip(
+            self.params.items(), torch.autograd.grad(loss, list(self.params.values()))
+        ):
             self.m[name] = 0.9 * self.m[name] + 0.1 * g
-            self.v[name] = 0.999 * self.v[name] + 0.001 * g ** 2
-            m, v = self.m[name] / (1 - 0.9 ** self.t), self.v[name] / (1 - 0.999 ** self.t)
+            self.v[name] = 0.999 * self.v[name] + 0.001 * g**2
+            m, v = self.m[name] / (1 - 0.9**self.t), self.v[name] / (1 - 0.999**self.t)
             p.data -= self.lr * m / (torch.sqrt(v) + 1e-8)
 
 
 def batch_of(rng, size=16, obs=3, actions=2):
-    return (rng.standard_normal((size, obs)), rng.uniform(-1, 1, (size, actions)), rng.standard_normal(size),
-            rng.uniform(0, 1, size), rng.standard_normal((size, obs)))
+    return (
+        rng.standard_normal((size, obs)),
+        rng.uniform(-1, 1, (size, actions)),
+        rng.standard_normal(size),
+        rng.uniform(0, 1, size),
+        rng.standard_normal((size, obs)),
+    )
 
 
 def encoded(p, obs, strides=(2, 1, 1, 1)):
@@ -272,10 +313,12 @@ def test_encoder_is_four_convolutions_of_centred_pixels(strides, features):
     encoder = DrQV2((9, 84, 84), (4,), hidden_dim=8, strides=strides).encoder
     with torch.no_grad():
         for p in encoder.parameters():
-            p.add_(0.01 * torch.randn_like(p))                       # biases are zero at first
+            p.add_(0.01 * torch.randn_like(p))  # biases are zero at first
         images = torch.randint(0, 256, (2, 9, 84, 84)).float()
         assert encoder(images).shape == (2, features)
-        torch.testing.assert_close(encoder(images), encoded(encoder.state_dict(), images, strides), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            encoder(images), encoded(encoder.state_dict(), images, strides), rtol=0, atol=1e-5
+        )
 
 
 def test_the_encoder_is_the_papers_by_default_and_has_four_strides():
@@ -293,7 +336,7 @@ def test_weights_start_orthogonal_and_biases_at_zero():
             if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
                 w = layer.weight.flatten(1)
                 gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
-                gain = 2 if isinstance(layer, torch.nn.Conv2d) else 1             # a ReLU's, squared
+                gain = 2 if isinstance(layer, torch.nn.Conv2d) else 1  # a ReLU's, squared
                 torch.testing.assert_close(gram, gain * torch.eye(len(gram)), rtol=0, atol=1e-4)
                 assert not layer.bias.any()
                 checked += 1
@@ -312,32 +355,58 @@ def test_two_critics_give_one_value_each_and_differ():
 def test_defaults_are_the_papers():
     # Yarats et al. (2021), table of hyper-parameters and the authors' configuration.
     agent = {name: p.default for name, p in inspect.signature(DrQV2).parameters.items()}
-    assert [agent[name] for name in ("lr", "feature_dim", "hidden_dim", "tau", "std", "noise_clip", "saturation", "average")] == [
-        1e-4, 50, 1024, 0.01, (1.0, 0.1, 100_000), 0.3, 0.0, 1.0]
+    assert [
+        agent[name]
+        for name in (
+            "lr",
+            "feature_dim",
+            "hidden_dim",
+            "tau",
+            "std",
+            "noise_clip",
+            "saturation",
+            "average",
+        )
+    ] == [1e-4, 50, 1024, 0.01, (1.0, 0.1, 100_000), 0.3, 0.0, 1.0]
     buffer = {name: p.default for name, p in inspect.signature(ReplayBuffer).parameters.items()}
     assert buffer["nstep"] == 3 and buffer["discount"] == 0.99
     assert inspect.signature(random_shift).parameters["pad"].default == 4
 
 
 @pytest.mark.parametrize("obs_shape, saturation", [((3,), 0.0), ((3,), 0.3), ((6, 20, 20), 0.0)])
-def test_updates_are_the_published_equations_and_the_penalty_is_the_only_other_term(obs_shape, saturation):
+def test_updates_are_the_published_equations_and_the_penalty_is_the_only_other_term(
+    obs_shape, saturation
+):
     torch.manual_seed(0)
     lr, tau, pixels = 1e-3, 0.1, len(obs_shape) == 3
-    agent = DrQV2(obs_shape, (2,), lr=lr, feature_dim=5, hidden_dim=8, tau=tau, std=(0.4, 0.2, 100), saturation=saturation)
+    agent = DrQV2(
+        obs_shape,
+        (2,),
+        lr=lr,
+        feature_dim=5,
+        hidden_dim=8,
+        tau=tau,
+        std=(0.4, 0.2, 100),
+        saturation=saturation,
+    )
     with torch.no_grad():
         for p in agent.actor.policy[-1].parameters():
-            p.add_(torch.randn_like(p))                              # so that the pre-activations matter
-    encoder, actor, critic, target = ({name: p.clone().requires_grad_() for name, p in net.state_dict().items()}
-                                      for net in (agent.encoder, agent.actor, agent.critic, agent.critic_target))
-    critic = {**critic, **encoder}                                   # learn from one loss, in one optimiser
+            p.add_(torch.randn_like(p))  # so that the pre-activations matter
+    encoder, actor, critic, target = (
+        {name: p.clone().requires_grad_() for name, p in net.state_dict().items()}
+        for net in (agent.encoder, agent.actor, agent.critic, agent.critic_target)
+    )
+    critic = {**critic, **encoder}  # learn from one loss, in one optimiser
     actor_adam, critic_adam = Adam(actor, lr), Adam(critic, lr)
     rng = np.random.default_rng(0)
     for step in range(3):
         batch = list(batch_of(rng))
         if pixels:
-            batch[0], batch[4] = (rng.integers(0, 256, (16, *obs_shape), dtype=np.uint8) for _ in "on")
+            batch[0], batch[4] = (
+                rng.integers(0, 256, (16, *obs_shape), dtype=np.uint8) for _ in "on"
+            )
         torch.manual_seed(step)
-        losses = agent.update(batch, 50)                             # halfway through the schedule: σ = 0.3
+        losses = agent.update(batch, 50)  # halfway through the schedule: σ = 0.3
         torch.manual_seed(step)
         obs, action, reward, discount, next_obs = (torch.as_tensor(a).float() for a in batch)
         if pixels:
@@ -355,15 +424,24 @@ def test_updates_are_the_published_equations_and_the_penalty_is_the_only_other_t
         # Equation 2: the smaller Q of the critic that has just learnt, of what the encoder saw before.
         h = h.detach()
         u = head(actor, "policy", hidden(actor, h))
-        actor_loss = -smaller_q(critic, h, noisy(torch.tanh(u), 0.3)).mean() + saturation * (u ** 2).sum() / u.numel()
+        actor_loss = (
+            -smaller_q(critic, h, noisy(torch.tanh(u), 0.3)).mean()
+            + saturation * (u**2).sum() / u.numel()
+        )
         actor_adam.step(actor_loss)
         for name in target:
             target[name] = ((1 - tau) * target[name] + tau * critic[name]).detach()
         assert losses["critic_loss"] == pytest.approx(critic_loss.item(), abs=1e-5)
         assert losses["actor_loss"] == pytest.approx(actor_loss.item(), abs=1e-5)
         assert losses["q"] == pytest.approx(q1.mean().item(), abs=1e-5)
-    for net, restated in ((agent.encoder, critic), (agent.actor, actor), (agent.critic, critic),
-                          (agent.critic_target, target), (agent.greedy[0], critic), (agent.greedy[1], actor)):
+    for net, restated in (
+        (agent.encoder, critic),
+        (agent.actor, actor),
+        (agent.critic, critic),
+        (agent.critic_target, target),
+        (agent.greedy[0], critic),
+        (agent.greedy[1], actor),
+    ):
         for name, p in net.state_dict().items():
             torch.testing.assert_close(p, restated[name].detach(), rtol=0, atol=1e-5)
 
@@ -372,7 +450,9 @@ def test_updates_are_the_published_equations_and_the_penalty_is_the_only_other_t
 def test_a_saturated_actor_comes_back_by_the_penalty_alone(saturation):
     # A critic that is zero everywhere, and stays so without reward, says nothing about actions.
     torch.manual_seed(0)
-    agent = DrQV2((3,), (2,), lr=0.03, feature_dim=5, hidden_dim=8, std=(0.1, 0.1, 1), saturation=saturation)
+    agent = DrQV2(
+        (3,), (2,), lr=0.03, feature_dim=5, hidden_dim=8, std=(0.1, 0.1, 1), saturation=saturation
+    )
     with torch.no_grad():
         agent.actor.policy[-1].bias.copy_(torch.tensor([6.0, -6.0]))
         for p in [*agent.critic.parameters(), *agent.critic_target.parameters()]:
@@ -393,21 +473,37 @@ def test_a_saturated_actor_comes_back_by_the_penalty_alone(saturation):
 def test_the_greedy_policy_is_an_average_that_training_never_sees(obs_shape):
     rng, agents, averages = np.random.default_rng(0), [], []
     scale = 1 if len(obs_shape) == 1 else 255
-    batches = [(scale * rng.random((4, *obs_shape)), rng.uniform(-1, 1, (4, 2)), rng.random(4), np.ones(4), scale * rng.random((4, *obs_shape)))
-               for _ in range(4)]
+    batches = [
+        (
+            scale * rng.random((4, *obs_shape)),
+            rng.uniform(-1, 1, (4, 2)),
+            rng.random(4),
+            np.ones(4),
+            scale * rng.random((4, *obs_shape)),
+        )
+        for _ in range(4)
+    ]
     obs = scale * rng.random(obs_shape)
     for average in (1.0, 0.2):
         torch.manual_seed(0)
         agent = DrQV2(obs_shape, (2,), lr=1e-2, hidden_dim=16, std=(0.0, 0.0, 1), average=average)
         agents.append(agent)
-        averages.append([p.clone() for p in (*agent.encoder.parameters(), *agent.actor.parameters())])
+        averages.append(
+            [p.clone() for p in (*agent.encoder.parameters(), *agent.actor.parameters())]
+        )
         for step, batch in enumerate(batches):
             agent.update(batch, step)
-            averages[-1] = [(1 - average) * slow + average * fast
-                            for slow, fast in zip(averages[-1], (*agent.encoder.parameters(), *agent.actor.parameters()))]
+            averages[-1] = [
+                (1 - average) * slow + average * fast
+                for slow, fast in zip(
+                    averages[-1], (*agent.encoder.parameters(), *agent.actor.parameters())
+                )
+            ]
     published, averaged = agents
     for name in ("encoder", "actor", "critic", "critic_target"):
-        for p, q in zip(getattr(published, name).parameters(), getattr(averaged, name).parameters()):
+        for p, q in zip(
+            getattr(published, name).parameters(), getattr(averaged, name).parameters()
+        ):
             assert torch.equal(p, q)
     for agent, average in zip(agents, averages):
         assert len(average) == len([*agent.greedy.parameters()])
@@ -425,7 +521,13 @@ def test_convolutions_in_bfloat16_learn_as_those_in_float32_do():
     """A bfloat16 has 8 bits: products err by 0.4 %, and gradients, sums of many, point the same way."""
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(16, 9, 84, 84), dtype=np.uint8)
-    batch = images, rng.uniform(-1, 1, (16, 4)).astype(np.float32), rng.standard_normal(16), np.full(16, 0.97), images[::-1].copy()
+    batch = (
+        images,
+        rng.uniform(-1, 1, (16, 4)).astype(np.float32),
+        rng.standard_normal(16),
+        np.full(16, 0.97),
+        images[::-1].copy(),
+    )
     losses, gradients, outputs = [], [], []
     for precision in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -433,12 +535,27 @@ def test_convolutions_in_bfloat16_learn_as_those_in_float32_do():
         with torch.no_grad():
             outputs.append(agent.encoder(torch.as_tensor(images)))
         losses.append(agent.update(batch, 0))
-        gradients.append(torch.cat([p.grad.flatten() for p in (*agent.encoder.parameters(), *agent.critic.parameters())]))
-        assert all(p.dtype == torch.float32 for p in agent.encoder.parameters()) and outputs[-1].dtype == torch.float32
+        gradients.append(
+            torch.cat(
+                [
+                    p.grad.flatten()
+                    for p in (*agent.encoder.parameters(), *agent.critic.parameters())
+                ]
+            )
+        )
+        assert (
+            all(p.dtype == torch.float32 for p in agent.encoder.parameters())
+            and outputs[-1].dtype == torch.float32
+        )
     assert 0 < (outputs[1] - outputs[0]).norm() / outputs[0].norm() < 0.02
-    for name in ("critic_loss", "q"):                     # the actor's is that of a critic after Adam's first step, which knows signs only
+    for name in (
+        "critic_loss",
+        "q",
+    ):  # the actor's is that of a critic after Adam's first step, which knows signs only
         assert losses[1][name] == pytest.approx(losses[0][name], rel=0.01, abs=0.01)
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.98 and gradients[1].norm() / gradients[0].norm() == pytest.approx(1.0, rel=0.05)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98 and gradients[1].norm() / gradients[
+        0
+    ].norm() == pytest.approx(1.0, rel=0.05)
 
 
 def test_encoder_learns_from_the_critic_only(monkeypatch):
@@ -449,8 +566,13 @@ def test_encoder_learns_from_the_critic_only(monkeypatch):
     assert agent.encoder(torch.zeros(1, 9, 84, 84)).shape == (1, 32 * 35 * 35)
     agent.critic_opt.step = agent.actor_opt.step = lambda: None
     rng = np.random.default_rng(0)
-    batch = (rng.integers(0, 256, (4, 9, 84, 84), dtype=np.uint8), rng.uniform(-1, 1, (4, 4)).astype(np.float32),
-             rng.random(4), np.full(4, 0.9), rng.integers(0, 256, (4, 9, 84, 84), dtype=np.uint8))
+    batch = (
+        rng.integers(0, 256, (4, 9, 84, 84), dtype=np.uint8),
+        rng.uniform(-1, 1, (4, 4)).astype(np.float32),
+        rng.random(4),
+        np.full(4, 0.9),
+        rng.integers(0, 256, (4, 9, 84, 84), dtype=np.uint8),
+    )
     agent.update(batch, 0)
     got = [p.grad.clone() for p in agent.encoder.parameters()]
 
@@ -471,19 +593,21 @@ def test_updates_shift_both_observations_clip_noise_and_take_the_smaller_q(monke
     shifted, noises, taken = [], [], []
     monkeypatch.setattr("drqv2.random_shift", lambda images: shifted.append(images) or images)
     real = truncated_normal
-    monkeypatch.setattr("drqv2.truncated_normal",
-                        lambda mean, std, clip=None: noises.append((std, clip)) or real(mean, std, clip))
+    monkeypatch.setattr(
+        "drqv2.truncated_normal",
+        lambda mean, std, clip=None: noises.append((std, clip)) or real(mean, std, clip),
+    )
     real_min = torch.min
     monkeypatch.setattr(torch, "min", lambda *args: taken.append(args) or real_min(*args))
     agent = DrQV2((9, 84, 84), (1,), hidden_dim=8, std=(1.0, 0.5, 100))
     obs = np.zeros((2, 9, 84, 84), np.uint8)
     agent.update((obs, np.zeros((2, 1)), np.zeros(2), np.ones(2), obs + 1), 50)
-    assert len(shifted) == 2 and shifted[1].max() == 1               # obs and next_obs
-    assert noises == [(0.75, 0.3), (0.75, 0.3)]                      # target's action and actor's
+    assert len(shifted) == 2 and shifted[1].max() == 1  # obs and next_obs
+    assert noises == [(0.75, 0.3), (0.75, 0.3)]  # target's action and actor's
     assert len(taken) == 2 and all(len(pair) == 2 for pair in taken)
     noises.clear()
     agent.act(obs[0], 50)
-    assert noises == [(0.75, None)]                                  # exploration is not clipped
+    assert noises == [(0.75, None)]  # exploration is not clipped
     with pytest.raises(ValueError, match="begin"):
         ReplayBuffer(9, (1,), (1,)).add([0], [0], 0.0, False, False)
 
@@ -492,15 +616,25 @@ def test_targets_follow_slowly_and_states_round_trip():
     torch.manual_seed(0)
     agent = DrQV2((3,), (2,), hidden_dim=16, lr=1e-2, tau=0.1, std=(0.0, 0.0, 1), average=0.1)
     rng = np.random.default_rng(0)
-    batch = (rng.random((8, 3)), rng.uniform(-1, 1, (8, 2)), rng.random(8), np.full(8, 0.9), rng.random((8, 3)))
+    batch = (
+        rng.random((8, 3)),
+        rng.uniform(-1, 1, (8, 2)),
+        rng.random(8),
+        np.full(8, 0.9),
+        rng.random((8, 3)),
+    )
     old = [p.clone() for p in agent.critic_target.parameters()]
     agent.update(batch, 0)
-    for target, before, critic in zip(agent.critic_target.parameters(), old, agent.critic.parameters()):
+    for target, before, critic in zip(
+        agent.critic_target.parameters(), old, agent.critic.parameters()
+    ):
         torch.testing.assert_close(target, 0.9 * before + 0.1 * critic)
     other = DrQV2((3,), (2,), hidden_dim=16, lr=1e-2, tau=0.1, std=(0.0, 0.0, 1), average=0.1)
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
-    for explore in (True, False):                                    # the actor itself and its average
-        np.testing.assert_array_equal(other.act(np.ones(3), 0, explore), agent.act(np.ones(3), 0, explore))
+    for explore in (True, False):  # the actor itself and its average
+        np.testing.assert_array_equal(
+            other.act(np.ones(3), 0, explore), agent.act(np.ones(3), 0, explore)
+        )
     assert (agent.act(np.ones(3), 0) != agent.act(np.ones(3), 0, explore=False)).any()
     # Learning goes on as if nothing had happened: slow copies and optimisers are where they were.
     for step in range(3):
@@ -525,25 +659,43 @@ def test_a_reset_agent_is_a_new_one_behind_the_same_encoder(obs_shape):
     torch.manual_seed(1)
     agent.reset()
     after = agent.state_dict()
-    assert after["actor_opt"]["state"] == after["critic_opt"]["state"] == {}              # Adam's averages are gone
-    assert all(torch.equal(after["encoder"][name], value) for name, value in before["encoder"].items())
-    for one, other, prefix in (("actor", "greedy", "1."), ("critic", "critic_target", ""), ("encoder", "greedy", "0.")):
-        weights = [name for name in after[one] if name.endswith("weight") and after[one][name].ndim == 2]
-        assert (one == "encoder" or weights) and not any(torch.equal(after[one][name], before[one][name]) for name in weights)
-        assert all(torch.equal(after[one][name], after[other][prefix + name]) for name in after[one])
+    assert (
+        after["actor_opt"]["state"] == after["critic_opt"]["state"] == {}
+    )  # Adam's averages are gone
+    assert all(
+        torch.equal(after["encoder"][name], value) for name, value in before["encoder"].items()
+    )
+    for one, other, prefix in (
+        ("actor", "greedy", "1."),
+        ("critic", "critic_target", ""),
+        ("encoder", "greedy", "0."),
+    ):
+        weights = [
+            name for name in after[one] if name.endswith("weight") and after[one][name].ndim == 2
+        ]
+        assert (one == "encoder" or weights) and not any(
+            torch.equal(after[one][name], before[one][name]) for name in weights
+        )
+        assert all(
+            torch.equal(after[one][name], after[other][prefix + name]) for name in after[one]
+        )
     start = copy.deepcopy(after)
-    agent.update(batch, 0)                                            # and it is the new networks, with the encoder, that learn
+    agent.update(batch, 0)  # and it is the new networks, with the encoder, that learn
     for part in ("actor", "critic", "greedy", "critic_target", *["encoder"] * agent.pixels):
-        assert any(not torch.equal(value, start[part][name]) for name, value in agent.state_dict()[part].items()), part
+        assert any(
+            not torch.equal(value, start[part][name])
+            for name, value in agent.state_dict()[part].items()
+        ), part
 
 
 def test_a_buffer_is_saved_piece_by_piece_and_goes_on_as_it_was():
     def pair():
         return ReplayBuffer(60, (2,), (1,), n_features=2, nstep=2, seed=3)
+
     buffer, file, pieces, since = pair(), io.BytesIO(), [], 0
     for lengths in ([4, 6], [], [3, 1, 5]):
         fill(buffer, lengths, first=since)
-        buffer.begin(np.array([-1.0, 0.0]))                          # an episode that has just begun is not saved
+        buffer.begin(np.array([-1.0, 0.0]))  # an episode that has just begun is not saved
         end = buffer.save(file, since)
         pieces.append((since, end))
         since = end
