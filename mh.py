@@ -3,9 +3,9 @@
 With returns R_θ(τ) and a set D of pairs (i, j), each saying that τ_i is preferred to τ_j,
     P[τ_i ≻ τ_j | θ] = exp(β R_θ(τ_i)) / (exp(β R_θ(τ_i)) + exp(β R_θ(τ_j)))
     L(θ) = − Σ_{(i,j) ∈ D} w_ij log P[τ_i ≻ τ_j | θ],    p(θ | D) ∝ exp(−L(θ)) p(θ)
-The paper has w = 1, as if pairs were independent. A ranking of K trajectories gives up to
-K (K − 1) / 2 pairs, but only about K − 1 facts; w = 2 / K counts them as such (a composite
-likelihood: Varin, Reid & Firth, 2011). Thresholds make L piecewise constant, so we sample:
+The paper has w = 1. But a ranking of K trajectories gives up to K (K − 1) / 2 pairs and is only
+about K − 1 facts; w = 2 / K counts it so (a composite likelihood: Varin, Reid & Firth, 2011).
+Thresholds inside a reward make L piecewise constant, so the posterior is sampled:
 
     from mh import pairs_of, preference_loss, sample_posterior
     force = [0.0, 0.2, 0.3, 1.5]  # in each of four trajectories
@@ -107,14 +107,15 @@ def sample_posterior(
     for number, length in enumerate(steps):
         z = metropolis(log_density, x, mean, covariance, length, rng)
         rhat, ess = rhat_ess(z)
-        if number and (rhat < MAX_RHAT).all() and (ess > MIN_ESS).all():
+        mean, error = z.mean(axis=(0, 1)), z.std(axis=(0, 1)) / np.sqrt(ess + 1)
+        mean[np.abs(mean) < 3 * error] = 0.0  # what data say nothing about does not move by chance
+        acceptance = float(np.diff(z, axis=1).any(axis=-1).mean())
+        posterior = Posterior(theta_of(z), theta_of(mean), acceptance, rhat, ess)
+        if number and posterior.mixed:
             break
         x, recent = z[:, -1], z[:, length // 2 :].reshape(-1, dim)
         mean, covariance = recent.mean(axis=0), np.cov(recent.T) + 1e-8 * np.eye(dim)
-    mean, error = z.mean(axis=(0, 1)), z.std(axis=(0, 1)) / np.sqrt(ess + 1)
-    mean[np.abs(mean) < 3 * error] = 0.0  # what the data say nothing about does not move by chance
-    acceptance = float(np.diff(z, axis=1).any(axis=-1).mean())
-    return Posterior(theta_of(z), theta_of(mean), acceptance, rhat, ess)
+    return posterior
 
 
 def metropolis(log_density, x, mean, covariance, steps, rng) -> np.ndarray:

@@ -39,6 +39,14 @@ class RewardError(ValueError):
     """A reward is outside the language or not finite. The message says where and why."""
 
 
+def _is_heading(node):
+    """Whether it is a docstring or an import of numpy."""
+    match node:
+        case ast.Expr(ast.Constant(str())):
+            return True
+    return ast.unparse(node) in HEADER.splitlines()
+
+
 class _Checked:
     """A function within the language, and the edits that give its text numpy's meaning.
 
@@ -51,7 +59,7 @@ class _Checked:
             raise RewardError(f"{len(source)} characters are more than the {MAX_CHARS} allowed")
         try:
             module = ast.parse(source)
-            body = [n for n in module.body if ast.unparse(n) not in HEADER.splitlines()]
+            body = [node for node in module.body if not _is_heading(node)]
             self.edits = [(node, "") for node in module.body if node not in body]
             match body:
                 case [ast.FunctionDef(name, decorator_list=[]) as tree] if name != "np":

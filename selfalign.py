@@ -309,9 +309,10 @@ def unblock(llm: LLM, task, reward: Reward, state: State, T: list, wrong: float)
     order = np.argsort(-R(now.theta))
     order = order[np.unique(np.linspace(0, len(T) - 1, ANALYSED).round().astype(int))]
     shown = [T[i] for i in order]
+    rounded = {name: float(f"{value:.4g}") for name, value in now.theta.items()}
     question = questions.analyse_question(
         task,
-        reward.source_with(now.theta),
+        reward.source_with(rounded),
         [(change.step, change.cause, change.theta) for change in state.changes],
         shown,
         [pay_note(reward, now.theta, tau) for tau in shown],

@@ -1,10 +1,9 @@
 """How fast this is beside what people use. Nothing else should run meanwhile.
 
-    pip install -e ".[bench]"
     python experiments/bench.py                                  # lists the comparisons
     python experiments/bench.py environment sampler theta
     python experiments/bench.py update --drqv2 ../drqv2          # a clone of the authors' code
-    python experiments/bench.py sac --seeds 3                    # hours
+    python experiments/bench.py sac --rounds 3                   # hours
 
 The two sides take turns. Printed are medians and ranges; results/bench-NAME.csv gets every value.
 """
@@ -13,34 +12,24 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+from study import REPLIES, RESULTS, reward_of
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import mh  # noqa: E402
-from drqv2 import DrQV2, rollout  # noqa: E402
-from envs import SUBSTEPS, TASKS, PandaEnv, check_env  # noqa: E402
-from llm import read_code  # noqa: E402
-from reward import Reward, RTheta  # noqa: E402
-from run import Change, Run, State  # noqa: E402
-from selfalign import Config, align, train  # noqa: E402
-
-REPLIES = ROOT / "experiments" / "replies"
-
-
-def reward_of(task, number):
-    text = (REPLIES / f"propose-{task}-{number}.md").read_text(encoding="utf-8")
-    return Reward(read_code(text), TASKS[task].features)
+import mh
+from drqv2 import DrQV2, rollout
+from envs import SUBSTEPS, TASKS, PandaEnv, check_env
+from reward import RTheta
+from run import Change, Run, State
+from selfalign import Config, align, train
 
 
 def rate(call, times):
@@ -109,15 +98,14 @@ def update(args):
 def rankings(count, K=48):
     """Features of `count` x K attempts at touch, from random to straight, and pairs by ranking."""
     env, rng, attempts = PandaEnv("touch"), np.random.default_rng(0), []
+    reward = reward_of("touch", 1)
     for number in range(count * K):
-        skill = number % K / K
 
-        def act(obs, skill=skill):
-            aim = np.append(2 * obs[3:6], 0.0) * skill + 0.5 * rng.standard_normal(4)
-            return np.clip(aim, -1, 1).astype(np.float32)
+        def act(obs, skill=number % K / K):
+            aim = np.append(2 * obs[3:6], 0.0) * skill
+            return np.clip(aim + 0.5 * rng.standard_normal(4), -1, 1)
 
         attempts.append(rollout(env, act, number, tuple(TASKS["touch"].features)).features)
-    reward = reward_of("touch", 1)
     truth = {name: v * np.exp(rng.standard_normal()) for name, v in reward.params.items()}
     R = reward.returns(attempts)(truth).reshape(count, K)
     return attempts, [mh.pairs_of([[i] for i in np.argsort(-row)]) for row in R]
@@ -169,18 +157,14 @@ def sampler(args):
 def theta(args):
     """Seconds of one update of θ, by parameters and by rankings of 48 in D, one thread."""
     T, pairs = rankings(4)
-    for number in (7, 2, 1):
-        reward = reward_of("touch", number)
+    for number, count, seed in product((7, 2, 1), (1, 2, 4), range(args.rounds)):
+        reward, rng = reward_of("touch", number), np.random.default_rng(seed)
         first = Change(0, "proposal", reward.source, reward.params, reward.params)
-        for count in (1, 2, 4):
-            D = [[list(range(48 * i, 48 * i + 48)), pairs[i].tolist()] for i in range(count)]
-            for seed in range(args.rounds):
-                state = State(changes=[first], D=D, features=T)
-                started = time.perf_counter()
-                with contextlib.redirect_stdout(None):
-                    align(reward, state, Config(), np.random.default_rng(seed))
-                seconds = time.perf_counter() - started
-                yield f"seconds, {len(reward.params)} parameters", f"{count} rankings", seconds
+        D = [[list(range(48 * i, 48 * i + 48)), pairs[i].tolist()] for i in range(count)]
+        state = State(changes=[first], D=D, features=T)
+        with contextlib.redirect_stdout(None):
+            speed = rate(lambda: align(reward, state, Config(), rng), 1)
+        yield f"seconds, {len(reward.params)} parameters", f"{count} rankings", 1 / speed
 
 
 def sac(args):
@@ -192,7 +176,6 @@ def sac(args):
     """
     import gymnasium
     from stable_baselines3 import SAC, TD3
-    from stable_baselines3.common.callbacks import BaseCallback
 
     class Env(gymnasium.Env):
         def __init__(self, task):
@@ -210,23 +193,16 @@ def sac(args):
             features = np.array([[info["features"][name] for name in self.r_theta.reward.inputs]])
             return obs, float(self.r_theta(features)[0]), *ends, {}
 
-    class Stop(BaseCallback):
-        def __init__(self, task):
-            super().__init__()
-            self.env, self.successes = PandaEnv(task), []
-
-        def _on_step(self):
-            if self.num_timesteps % 1_000 == 0 and self.num_timesteps > 1_000:
-                act = lambda obs: self.model.predict(obs, deterministic=True)[0]  # noqa: E731
-                episodes = [rollout(self.env, act, 1_000_000 + i) for i in range(20)]
-                self.successes.append(np.mean([episode.success for episode in episodes]))
-            return self.successes[-2:] != [1.0, 1.0]
-
     def theirs(algorithm, settings, task, seed):
-        stop, how = Stop(task), {"gamma": TASKS[task].discount, "learning_starts": 1_000}
-        model = algorithm("MlpPolicy", Env(task), seed=seed, device="cpu", **how, **settings)
-        model.learn(args.steps, callback=stop)
-        return stop.num_timesteps - 1_000 if stop.successes[-2:] == [1.0, 1.0] else None
+        env, successes = PandaEnv(task), []
+        how = {"gamma": TASKS[task].discount, "learning_starts": 1_000, "device": "cpu"}
+        model = algorithm("MlpPolicy", Env(task), seed=seed, **how, **settings)
+        while successes[-2:] != [1.0, 1.0] and model.num_timesteps < args.steps:
+            model.learn(1_000, reset_num_timesteps=False)
+            act = partial(model.predict, deterministic=True)
+            lived = [rollout(env, lambda obs: act(obs)[0], 1_000_000 + i) for i in range(20)]
+            successes.append(np.mean([episode.success for episode in lived]))
+        return model.num_timesteps - 1_000 if successes[-2:] == [1.0, 1.0] else None
 
     def ours(task, seed):
         path = str(REPLIES / f"propose-{task}-1.md")
@@ -240,45 +216,41 @@ def sac(args):
     for peer in (SAC, TD3):
         sides[f"{peer.__name__}, defaults"] = partial(theirs, peer, {}), os.cpu_count()
         sides[f"{peer.__name__}, our ratio"] = partial(theirs, peer, same), os.cpu_count()
-    for task in TASKS:
-        for seed in range(1, args.seeds + 1):
-            for side, (learn, threads) in sides.items():
-                torch.set_num_threads(threads)
-                started = time.perf_counter()
-                steps = learn(task, seed)
-                yield f"steps, {task}", side, steps or np.inf
-                yield f"seconds, {task}", side, time.perf_counter() - started if steps else np.inf
+    for task, seed, side in product(TASKS, range(1, args.rounds + 1), sides):
+        learn, threads = sides[side]
+        torch.set_num_threads(threads)
+        started = time.perf_counter()
+        steps = learn(task, seed)
+        yield f"steps, {task}", side, steps or np.inf
+        yield f"seconds, {task}", side, time.perf_counter() - started if steps else np.inf
 
 
 COMPARISONS = {f.__name__: f for f in (environment, update, sampler, theta, sac)}
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("comparisons", nargs="*", metavar="NAME", help=", ".join(COMPARISONS))
-    parser.add_argument("--rounds", type=int, default=5, help="of each side (default: 5)")
-    parser.add_argument("--seeds", type=int, default=3, help="of sac, from 1 on (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="or seeds (default: 5)")
     parser.add_argument("--steps", type=int, default=40_000, help="of sac (default: 40000)")
     parser.add_argument("--device", default="cpu", help="of update (default: cpu)")
     parser.add_argument("--drqv2", default="drqv2", help="a clone of facebookresearch/drqv2")
     args = parser.parse_args()
     if set(args.comparisons) - set(COMPARISONS):
         parser.error(f"there are {', '.join(COMPARISONS)}")
-    for name in args.comparisons or COMPARISONS:
-        print(f"\n{name}: {COMPARISONS[name].__doc__}")
-        if not args.comparisons:
-            continue
+    for name, compare in COMPARISONS.items():
+        if name in args.comparisons or not args.comparisons:
+            print(f"\n{name}: {compare.__doc__}")
+    for name in args.comparisons:
         torch.set_num_threads(1)
         values = {}
-        with open(ROOT / f"experiments/results/bench-{name}.csv", "w", encoding="utf-8") as file:
+        with open(RESULTS / f"bench-{name}.csv", "w", encoding="utf-8") as file:
             file.write("measure,side,value\n")
             for measure, side, value in COMPARISONS[name](args):
                 values.setdefault((measure, side), []).append(value)
                 file.write(f'"{measure}","{side}",{value:.6g}\n')
                 file.flush()
-        processor = subprocess.run("lscpu", capture_output=True, text=True).stdout
-        print(*re.findall(r"(?:Model name|^CPU\(s\)): +(.*)", processor, re.MULTILINE), "\n")
+        print(subprocess.getoutput("lscpu | grep -E '^CPU.s.:|Model name'"), "\n")
         print("| measure | side | median (range) |\n| --- | --- | --- |")
         for (measure, side), x in values.items():
             median, low, high = (f"{number:.4g}" for number in (np.median(x), min(x), max(x)))

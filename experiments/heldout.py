@@ -1,7 +1,6 @@
 """Is a new θ better on episodes that it has not seen? One update judged in seconds, no training.
 
-    python experiments/heldout.py runs/touch-selfalign-1                    # the stand-in's reward
-    python experiments/heldout.py runs/touch-selfalign-1 reward.md --wrong
+    python experiments/heldout.py runs/touch-selfalign-1 experiments/replies/propose-touch-*.md
 
 Takes the episodes of a run of more than one period. The stand-in ranks K of the first period, θ is
 updated as in the loop, and R_θ then orders other episodes: "held" are the rest of that period's
@@ -10,24 +9,21 @@ stand-in's progress score, before and after the update. Pairs of nearly equal sc
 """
 
 import argparse
-import csv
 import json
 import sys
 from contextlib import redirect_stdout
-from itertools import product
 from pathlib import Path
 
 import numpy as np
+import study  # noqa: F401, it finds the modules
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from envs import TASKS  # noqa: E402
-from llm import LLM, PROMPTS, describe, read_code  # noqa: E402
-from mh import discordance  # noqa: E402
-from reward import Reward  # noqa: E402
-from run import Change, State  # noqa: E402
-from selfalign import Config, update_theta  # noqa: E402
-from standin import EQUAL, StandIn, read_attempts, score  # noqa: E402
+from envs import TASKS
+from llm import LLM, describe, read_code
+from mh import discordance
+from reward import Reward
+from run import Change, State
+from selfalign import Config, update_theta
+from standin import EQUAL, StandIn, read_attempts, score
 
 MOST = 150  # episodes of each kind that are compared
 KINDS = ("ranked", "held", "late")
@@ -36,11 +32,8 @@ COLUMNS = [f"{kind}_{when}" for kind in KINDS for when in ("before", "after")]
 
 def read_features(folder: Path) -> list[np.ndarray]:
     """(T, F) of each episode that a run has lived."""
-    features = []
-    for path in sorted((folder / "episodes").glob("[0-9]*.npz")):
-        with np.load(path) as arrays:
-            features.append(arrays["features"])
-    return features
+    paths = sorted((folder / "episodes").glob("[0-9]*.npz"))
+    return [np.load(path)["features"] for path in paths]
 
 
 def agreement(reward: Reward, theta: dict, task, T: list) -> float:
@@ -51,54 +44,43 @@ def agreement(reward: Reward, theta: dict, task, T: list) -> float:
     return 1 - discordance(reward.returns(T)(theta), pairs) if len(pairs) else np.nan
 
 
-def judge(task, reward: Reward, theta: dict, features: list, c: Config) -> dict:
-    """Agreement before and after one update at the end of the first period, and its cause.
-
-    Raises ValueError for fewer episodes than a period has.
-    """
+def judge(task, reward: Reward, features: list, c: Config) -> dict:
+    """Agreement before and after an update at the end of the first period, and its cause."""
     ends = np.cumsum([len(tau) for tau in features])
     count = int(np.searchsorted(ends, c.update_every)) + 1
     if count > len(features):
         raise ValueError(f"{ends[-1]:,} steps are less than a period of {c.update_every:,}")
-    first = Change(0, "proposal", reward.source, theta, theta)
+    before = reward.params
+    first = Change(0, "proposal", reward.source, before, before)
     state = State(step=int(ends[count - 1]), changes=[first], features=features[:count])
     with redirect_stdout(sys.stderr):
         change = update_theta(LLM(StandIn()), task, state, c, np.random.default_rng(c.seed))
-    ranked = state.D[-1][0]
-    places = np.linspace(count, len(features) - 1, MOST).round().astype(int)
+    after = change.theta if change else before
+    ranked, later = state.D[-1][0], np.arange(count, len(features))
     held = np.setdiff1d(np.arange(count // 2, count), ranked)[:MOST]
-    late = np.unique(places) if count < len(features) else []
     result = {"cause": change.cause if change else ""}
-    for kind, numbers in zip(KINDS, (ranked, held, late)):
+    for kind, numbers in zip(KINDS, (ranked, held, later[:: len(later) // MOST + 1])):
         T = [features[i] for i in numbers]
-        result[f"{kind}_before"] = agreement(reward, theta, task, T)
-        result[f"{kind}_after"] = agreement(reward, change.theta if change else theta, task, T)
+        result[f"{kind}_before"] = agreement(reward, before, task, T)
+        result[f"{kind}_after"] = agreement(reward, after, task, T)
     return result
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a run")
-    parser.add_argument("proposal", nargs="*", type=Path, help="files with other first rewards")
-    parser.add_argument("--wrong", action="store_true", help="also each number × 10 and ÷ 10")
+    parser.add_argument("reward", nargs="+", type=Path, help="files with first rewards")
     args = parser.parse_args()
     try:
-        settings = json.loads((args.run / "settings.json").read_text())
-        c, features = Config(**settings), read_features(args.run)
-        task, results = TASKS[c.task], []
-        out = csv.writer(sys.stdout, lineterminator="\n")
-        out.writerow(["proposal", "parameter", "factor", *COLUMNS, "cause"])
-        for path in args.proposal or [PROMPTS / "offline" / f"{c.task}.txt"]:
+        c = Config(**json.loads((args.run / "settings.json").read_text()))
+        task, features, results = TASKS[c.task], read_features(args.run), []
+        print(",".join(["reward", *COLUMNS, "cause"]))
+        for path in args.reward:
             reward = Reward(read_code(path.read_text(encoding="utf-8")), task.features)
-            wrong = product(reward.params, (10.0, 0.1)) if args.wrong else ()
-            for name, factor in [("", 1.0), *wrong]:
-                theta = reward.params | ({name: factor * reward.params[name]} if name else {})
-                result = judge(task, reward, theta, features, c)
-                results.append([result[column] for column in COLUMNS])
-                cells = [f"{value:.3f}" for value in results[-1]]
-                out.writerow([path.name, name, f"{factor:g}", *cells, result["cause"]])
-                sys.stdout.flush()
+            result = judge(task, reward, features, c)
+            results.append([result[column] for column in COLUMNS])
+            cells = [f"{value:.3f}" for value in results[-1]]
+            print(",".join([path.name, *cells, result["cause"]]))
     except (OSError, ValueError) as error:
         sys.exit(f"heldout.py: {error}")
     means = np.ma.masked_invalid(results).mean(axis=0).filled(np.nan)

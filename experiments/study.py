@@ -3,8 +3,7 @@
     python experiments/study.py                        # lists the studies
     python experiments/study.py methods --workers 2    # runs one on this machine
     python experiments/study.py methods --cluster tcp://HOST:8786
-    python experiments/study.py methods --collect      # tables of the runs finished so far
-    python experiments/study.py methods --table        # prints results/methods.csv as a table
+    python experiments/study.py methods --collect      # only the tables
 
 The run of a job is in runs/STUDY/NAME, what it prints in runs/STUDY/NAME.log. A run that exists is
 resumed and a finished one is left as it is, so a study can be stopped at any time and started
@@ -17,8 +16,9 @@ import json
 import re
 import shutil
 import sys
+from collections import namedtuple
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,21 +37,20 @@ from reward import Reward  # noqa: E402
 from run import THETA, Run  # noqa: E402
 from selfalign import PIXELS, Config, choose_llm, train  # noqa: E402
 
-RESULTS, REPLIES = ROOT / "experiments" / "results", ROOT / "experiments" / "replies"
+RESULTS, REPLIES = ROOT / "experiments/results", ROOT / "experiments/replies"
 LATER = 3_000  # steps by which a run counts as later than another
 MARK = "finished.json"  # in a run's folder: {"steps": the most it could take, "learnt": or null}
 
 
-@dataclass
-class Job:
-    """One run: `name` is its folder, `method` a key of rules.METHODS, `values` are of Config."""
+def reward_of(task: str, number: int) -> Reward:
+    """The reward in replies/propose-TASK-NUMBER.md."""
+    text = (REPLIES / f"propose-{task}-{number}.md").read_text(encoding="utf-8")
+    return Reward(read_code(text), TASKS[task].features)
 
-    name: str
-    task: str
-    method: str
-    seed: int
-    values: dict
-    equals: str = ""  # the run that has the same bytes, as long as its θ does not change
+
+# One run. name: its folder. method: of rules.METHODS. values: of Config. equals: the name of the
+# run that has the same bytes, as long as its θ does not change.
+Job = namedtuple("Job", "name task method seed values equals")
 
 
 def job(task, method, seed, proposal="", label="", **values) -> Job:
@@ -63,64 +62,39 @@ def job(task, method, seed, proposal="", label="", **values) -> Job:
     return Job(f"{first}-{method}-{seed}", task, method, seed, values, equals)
 
 
-def methods(seeds):
-    """Each task by self-alignment; with the first five seeds also fixed and sparse."""
-    for task, seed in product(TASKS, seeds):
-        yield job(task, "selfalign", seed)
-        if seed in seeds[:5]:
-            yield from (job(task, "fixed", seed), job(task, "sparse", seed))
-
-
-def proposals(seeds):
-    """First rewards that a language model wrote, with and without self-alignment."""
-    for task, number, seed in product(TASKS, (1, 2, 4, 5, 6, 7), seeds):
-        yield job(task, "selfalign", seed, number)
-        yield job(task, "fixed", seed, number)
-
-
-def rules(seeds):
-    """The rules of rules.py that need no language model, on three first rewards of each task."""
-    for method, task, number, seed in product(METHODS, TASKS, ("", 6, 7), seeds):
-        if method not in ("fixed", "sparse", "beside", "rewrite"):
-            yield job(task, method, seed, number)
-
-
-def wrong(seeds):
-    """Proposals 4 and 7, each of their numbers ten times too large and ten times too small."""
-    folder = ROOT / "runs" / "wrong" / "proposals"
-    folder.mkdir(parents=True, exist_ok=True)
-    for task, number in product(TASKS, (4, 7)):
-        text = (REPLIES / f"propose-{task}-{number}.md").read_text(encoding="utf-8")
-        reward = Reward(read_code(text), TASKS[task].features)
-        for name, factor in product(reward.params, (10, 0.1)):
-            label, theta = f"{number}-{name}-x{factor}", {name: reward.params[name] * factor}
-            path = folder / f"{task}-{label}.py"
-            path.write_text(reward.source_with(theta), encoding="utf-8")
-            for seed, method in product(seeds, ("selfalign", "fixed")):
-                yield job(task, method, seed, path, label)
-
-
-def pixels(seeds):
-    """Each task from images."""
-    for task, seed in product(TASKS, seeds):
-        yield job(task, "selfalign", seed, obs="pixels", **PIXELS)
-
-
-def model(seeds):
-    """Rules that need a language model: add --config '{"llm": "chat", "model": "NAME"}'."""
-    weak = (("touch", ""), ("grasp", 6), ("push", 9))
-    for (task, number), method, seed in product(weak, ("selfalign", "beside", "rewrite"), seeds):
-        yield job(task, method, seed, number)
-
-
-STUDIES = {  # jobs, seeds, steps
-    "methods": (methods, "1-10", 40_000),
-    "proposals": (proposals, "1-3", 40_000),
-    "rules": (rules, "11-13", 40_000),
-    "wrong": (wrong, "1-1", 30_000),
-    "pixels": (pixels, "1-3", 60_000),
-    "model": (model, "1-3", 40_000),
+RULES = [method for method in METHODS if method not in ("fixed", "sparse")]
+# Methods; first rewards, "" is the stand-in's; seeds; values of Config. For each of the tasks.
+STUDIES = {
+    "methods": (("selfalign", "fixed", "sparse"), [""], "1-10", {"steps": 40_000}),
+    "proposals": (("selfalign", "fixed"), (1, 2, 4, 5, 6, 7), "1-3", {"steps": 40_000}),
+    "rules": (RULES, ("", 6, 7), "11-13", {"steps": 40_000}),
+    "wrong": (("selfalign", "fixed"), (4, 7), "1-1", {"steps": 30_000}),
+    "pixels": (["selfalign"], [""], "1-3", {"steps": 60_000, "obs": "pixels", **PIXELS}),
 }
+
+
+def jobs_of(study: str, seeds: range) -> list[Job]:
+    """The jobs of a study. Of methods, fixed and sparse get the first five seeds."""
+    methods, rewards, _, values = STUDIES[study]
+    jobs = []
+    for task, number, seed, method in product(TASKS, rewards, seeds, methods):
+        proposals = wrong_proposals(task, number) if study == "wrong" else {"": number}
+        if method == "selfalign" or study != "methods" or seed in seeds[:5]:
+            for label, proposal in proposals.items():
+                jobs.append(job(task, method, seed, proposal, label, **values))
+    return jobs
+
+
+def wrong_proposals(task: str, number: int) -> dict[str, Path]:
+    """Files with a reply's reward, each of its numbers × 10 and ÷ 10, by label."""
+    folder, reward, paths = ROOT / "runs" / "wrong" / "proposals", reward_of(task, number), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, factor in product(reward.params, (10, 0.1)):
+        label = f"{number}-{name}-x{factor}"
+        text = reward.source_with({name: reward.params[name] * factor})
+        paths[label] = folder / f"{task}-{label}.py"
+        paths[label].write_text(text, encoding="utf-8")
+    return paths
 
 
 def rows(path: Path) -> list[dict]:
@@ -197,9 +171,9 @@ def collect(study: str, jobs: list[Job], folder: Path, results: Path) -> None:
     """Writes STUDY.csv and STUDY-theta.csv of the finished runs."""
     homes = {job.name: finished(job, folder) for job in jobs}
     missing = list(homes.values()).count(None)
-    if missing:
-        print(f"{missing} of {len(jobs)} runs are not finished and not in the tables. Runs that")
-        print("learn early finish first, so these tables look better than the whole study.")
+    print(f"{missing} of {len(jobs)} runs, rather the slow ones, are not finished and left out.")
+    if missing == len(jobs):  # keep the tables of others
+        return
     results.mkdir(parents=True, exist_ok=True)
     metrics, theta = ["step", "success", "return"], THETA.split()[:6]
     for table, end, columns in (("metrics", "", metrics), ("theta", "-theta", theta)):
@@ -222,10 +196,7 @@ def steps_to_success(evaluations: list) -> float:
 
 
 def table(path: Path) -> str:
-    """Steps to 100 % in a STUDY.csv, as Markdown, and how often a method is later than another.
-
-    A run that is not learnt, where the other one is, counts as later.
-    """
+    """Steps to 100 % in a STUDY.csv, as Markdown. Not learnt counts as later than any step."""
     runs, steps = {}, {}
     for row in rows(path):
         key, name = (row["task"], row["method"]), row["name"].replace(f"-{row['method']}-", "-")
@@ -253,38 +224,37 @@ def table(path: Path) -> str:
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", nargs="?", choices=STUDIES)
     parser.add_argument("--workers", type=int, default=2, help="on this machine (default: 2)")
     parser.add_argument("--cluster", help="address of a Dask scheduler, in place of --workers")
     parser.add_argument("--seeds", help="FIRST-LAST, in place of the study's own")
     parser.add_argument("--steps", type=int, help="of each run, in place of the study's own")
     parser.add_argument("--only", default="", metavar="REGEX", help="runs with such a name alone")
-    parser.add_argument("--config", type=json.loads, default={}, help="JSON: values of Config")
+    parser.add_argument("--llm", default="offline", help="see selfalign.py (default: offline)")
+    parser.add_argument("--model", default="", help="see selfalign.py")
     parser.add_argument("--collect", action="store_true", help="run nothing, write the tables")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
     args = parser.parse_args()
     if not args.study:
-        for name, (make, seeds, steps) in STUDIES.items():
-            print(f"{name:10} seeds {seeds:5} {steps:,} steps. {make.__doc__}")
+        for name, (methods, rewards, seeds, values) in STUDIES.items():
+            print(f"{name}: {', '.join(methods)}; first rewards {rewards}; seeds {seeds}; {values}")
         return
-    make, seeds, steps = STUDIES[args.study]
-    first, _, last = (args.seeds or seeds).partition("-")
-    common = {"steps": args.steps or steps, **args.config}
-    jobs = list(make(range(int(first), int(last or first) + 1)))
-    jobs = [replace(job, values={**job.values, **common}) for job in jobs]
+    first, _, last = (args.seeds or STUDIES[args.study][2]).partition("-")
+    given = {"llm": args.llm, "model": args.model, **({"steps": args.steps} if args.steps else {})}
+    jobs = jobs_of(args.study, range(int(first), int(last or first) + 1))
+    jobs = [job._replace(values={**job.values, **given}) for job in jobs]
     jobs = [job for job in jobs if re.search(args.only, job.name)]
+    if args.llm == "offline":  # the stand-in writes no code
+        jobs = [job for job in jobs if job.method != "rewrite"]
     folder, failed = ROOT / "runs" / args.study, 0
-    if not (args.collect or args.table):
+    if not args.collect:
         from distributed import Client  # an optional extra
 
         here = dict(n_workers=args.workers, threads_per_worker=1, memory_limit=0)
         how = {"address": args.cluster} if args.cluster else {**here, "dashboard_address": None}
         with Client(**how) as client:
             failed = run_jobs(client, jobs, folder)
-    if not args.table:
-        collect(args.study, jobs, folder, RESULTS)
+    collect(args.study, jobs, folder, RESULTS)
     print(table(RESULTS / f"{args.study}.csv"))
     sys.exit(f"{failed} runs failed; the same command tries them again" if failed else 0)
 

@@ -31,8 +31,7 @@ def test_docstring_example(tmp_path):
     example = textwrap.dedent(mh.__doc__[mh.__doc__.index("    from mh import") :])
     example += "\nassert posterior.mixed and posterior.mean[0] < 0.9 and posterior.mean[1] > 1"
     example += "\nimport mh; print(mh.__file__)"
-    environment = os.environ | {"PYTHONPATH": ""}
-    run = [sys.executable, "-c", example]
+    run, environment = [sys.executable, "-c", example], os.environ | {"PYTHONPATH": ""}
     out = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert Path(out.stdout.splitlines()[-1]).parent.samefile(tmp_path)
@@ -52,6 +51,7 @@ def test_discordance():
     np.testing.assert_allclose(mh.discordance(batch, pairs), [[0, 1], [1 / 6, 0.5]])
     assert mh.discordance([3, 1, 2], pairs) == pytest.approx(1 / 3)
     assert mh.discordance([3, 1, 2], []) == 0
+    assert mh.discordance([1, 2], [(0, 1)]) == 1
     np.testing.assert_array_equal(mh.discordance(np.ones((4, 3)), []), np.zeros(4))
 
 
@@ -100,7 +100,6 @@ def test_real_parameters():
     signs = [False, False, False, True]
     posterior = sample_posterior(flat, [3.0, -0.5, 0.0, 1.0], 1.5, rng=1, positive=signs)
     draws = posterior.samples
-    np.testing.assert_allclose(draws.mean(axis=(0, 1))[:3], [3.0, -0.5, 0.0], atol=0.6)
     np.testing.assert_allclose(draws.std(axis=(0, 1))[:3], [4.5, 1.5, 1.5], rtol=0.15)
     np.testing.assert_allclose(posterior.mean, [3.0, -0.5, 0.0, 1.0])
     assert draws[..., 3].min() > 0 and np.log(draws[..., 3]).std() == pytest.approx(1.5, rel=0.15)
@@ -321,10 +320,9 @@ def test_diagnostics_without_movement(value):
 )
 def test_diagnostics_against_arviz(rho, steps, rhat, ess):
     draws = np.round(autoregression(rho, (5, steps, 1)), 1)  # with ties
-    result = rhat_ess(draws)
-    assert result[0] == pytest.approx(rhat, rel=1e-7)
+    assert rhat_ess(draws)[0] == pytest.approx(rhat, rel=1e-7)
     # ArviZ counts one more autocorrelation of those that no longer matter.
-    assert result[1] == pytest.approx(ess, rel=0.02)
+    assert rhat_ess(draws)[1] == pytest.approx(ess, rel=0.02)
 
 
 @pytest.mark.parametrize("rhat, ess, mixed", [(1.04, 401, 1), (1.06, 999, 0), (1, 399, 0)])

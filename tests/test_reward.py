@@ -328,3 +328,13 @@ def test_the_critic_gets_finite_bounded_rewards():
     assert_allclose(values, [[-1, BOUND, 0, np.e, -BOUND]] * 2)
     said = sorted(str(warning.message).split(",")[0] for warning in caught)
     assert said == ["term fine is -1e+06", "term root is nan", "term steep is inf"]
+
+
+def test_a_file_may_have_a_docstring_with_an_example():
+    text = '"""Mine.\n\n```python\ndef other(x, w=1.0):\n    return {"b": w * x}\n```\n"""\n'
+    text += "import numpy as np\n\ndef mine(d, w=2.0):\n    return {'a': -w * d}\n"
+    reward = Reward(text, ["d"])
+    assert reward.name == "mine" and Reward(reward.python({"w": 3.0}), ["d"]).params == {"w": 3.0}
+    for heading in ('x = "a"', '"a".join(d)', '"a" + open("x")'):
+        with pytest.raises(RewardError, match="one function"):
+            Reward(heading + "\n" + text, ["d"])
