@@ -49,16 +49,6 @@ class State:
     pending: dict = field(default_factory=dict)  # step and losses of the evaluation under way
     features: list[np.ndarray] = field(default_factory=list)  # (T, F) of each episode lived
 
-    def evaluated(self, episodes: list, r_theta) -> None:
-        """Completes the pending row. r_theta: as it was while these episodes were lived."""
-        success, sparse, features = zip(*episodes)
-        returns = r_theta.reward.returns(features)(r_theta.theta) if r_theta else sparse
-        step, losses = self.pending.pop("step"), self.pending
-        means = {"success": success, "sparse": sparse, "return": returns}
-        means = {name: float(np.mean(values)) for name, values in means.items()}
-        self.evaluations.append({"step": step, **means, **losses})
-        self.pending = {}
-
     @property
     def successes(self) -> list[float]:
         return [row["success"] for row in self.evaluations]
@@ -196,13 +186,20 @@ class Run:
             write(file)
         os.replace(beside, path)
 
-    def show_evaluation(self, state: State) -> None:
-        row = state.evaluations[-1]
-        seconds, steps = time.monotonic() - self.began[0], state.step - self.began[1]
+    def evaluated(self, state: State, episodes: list, r_theta) -> None:
+        """Adds and shows the row of an evaluation that has ended."""
+        success, sparse, features = zip(*episodes)
+        returns = r_theta.reward.returns(features)(r_theta.theta) if r_theta else sparse
+        values = {"success": success, "sparse": sparse, "return": returns}
+        means = {name: float(np.mean(value)) for name, value in values.items()}
+        row, state.pending = {"step": state.pending.pop("step"), **means, **state.pending}, {}
+        state.evaluations.append(row)
+        began, first = self.began
+        speed = (state.step - first) / (time.monotonic() - began)
+        bar = "█" * round(20 * row["success"])
         print(
-            f"{row['step']:>8,} steps | success {row['success']:>4.0%} "
-            f"{'█' * round(20 * row['success']):·<20} | R_θ(τ) {row['return']:>8.2f} | "
-            f"{steps / seconds:4.0f} steps/s",
+            f"{row['step']:>8,} steps | success {row['success']:>4.0%} {bar:·<20} | "
+            f"R_θ(τ) {row['return']:>8.2f} | {speed:4.0f} steps/s",
             flush=True,
         )
 

@@ -12,6 +12,7 @@ agrees and the skill still fails, the LLM is asked what blocks it. `train` is th
 import argparse
 import copy
 import json
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class Config:
     steps: int = 60_000  # environment steps, at most
     device: str = "cpu"  # of the networks; simulation stays on the CPU
     llm: str = "auto"  # auto, chat, offline, manual or replay:FILE
-    model: str = ""  # the LLM's name at the service
+    model: str = os.environ.get("OPENAI_MODEL", "")  # the LLM's name at the service
     llm_options: dict = field(default_factory=dict)  # JSON: fields to add to every request
     proposal: str = ""  # a file with the first reward, instead of asking
     out: str = ""  # the run's folder; by default runs/TASK-REWARD-SEED
@@ -120,16 +121,16 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
         key = [c.seed, EVALUATIONS, state.step]
         return examiner.submit(evaluate, frozen(agent.greedy), key, c.eval_episodes, names, limit)
 
+    def passed(every):
+        return state.step // every > before // every
+
     # R_θ ← the LLM proposes a reward
     given = c.proposal and not run.saved and propose(llm, task, random_features, c.proposal)
-    state, coming = run.begin(asdict(c), agent, buffer)  # where the last checkpoint stands
+    state, coming = run.begin(asdict(c), agent, buffer)  # a resumed run: where it stood
     if c.reward != "sparse" and not state.changes:
         state.changes.append(given or propose(llm, task, random_features))
     r_theta = critic_reward(task, state, buffer, random_features)
-    if r_theta:
-        buffer.relabel(r_theta)
     coming, pending = coming or live_next(), state.pending and evaluate_now()
-
     while state.step < c.steps and not state.learnt:
         # live one episode τ with the policy; put it into the replay buffer with its rewards R_θ
         tau, before, std = coming.result(), state.step, noise(state.step, c)
@@ -138,9 +139,6 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
         state.features.append(tau.features)
         buffer.add(tau, r_theta(tau.features) if r_theta else tau.reward)
         coming = live_next()
-        if tau.terminated and r_theta and r_theta.centre:  # see RTheta
-            r_theta.centre = 0.0
-            buffer.relabel(r_theta)
 
         # train DrQ-v2 on the buffer, one update for every second step
         rng = np.random.default_rng([c.seed, UPDATES, len(state.features)])
@@ -149,28 +147,24 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             losses = agent.update(buffer.sample(c.batch, rng), std, generator)
 
         # every 1,000 steps: evaluate; stop when all 20 episodes succeed, twice in a row
-        evaluating = before >= c.explore and state.step // c.eval_every > before // c.eval_every
-        if evaluating and pending:
-            pending = state.evaluated(pending.result(), r_theta)
-            run.show_evaluation(state)
+        if pending and passed(c.eval_every):
+            pending = run.evaluated(state, pending.result(), r_theta)
 
-        # every 10,000 steps, unless the skill is being learnt
-        updating = update and state.step // c.update_every > before // c.update_every
-        if updating and state.step < c.steps and not being_learnt(state.successes, c):
+        # every 10,000 steps, unless the skill is being learnt: a new θ
+        change = None
+        if update and passed(c.update_every) and not being_learnt(state.successes, c):
             rng = np.random.default_rng([c.seed, RANKINGS, state.step])
             change = update(llm, task, state, c, rng)
-            if change:
-                # relabel the whole buffer with the new R_θ
-                state.changes.append(change)
-                r_theta = critic_reward(task, state, buffer, random_features)
-                buffer.relabel(r_theta)
+            state.changes += [change] if change else []
+        if change or (tau.terminated and r_theta and r_theta.centre):
+            # relabel the whole buffer with the new R_θ
+            r_theta = critic_reward(task, state, buffer, random_features)
 
-        if evaluating and not state.learnt:
+        if before >= c.explore and passed(c.eval_every) and not state.learnt:
             state.pending, pending = {"step": state.step, **losses}, evaluate_now()
             run.checkpoint(state, agent, r_theta, coming.result())
     if pending:
-        state.evaluated(pending.result(), r_theta)
-        run.show_evaluation(state)
+        run.evaluated(state, pending.result(), r_theta)
     run.checkpoint(state, agent, r_theta, coming.result())
     return state.evaluations[-2]["step"] if state.learnt else None
 
@@ -209,12 +203,14 @@ def being_learnt(successes: list[float], c: Config) -> bool:
 
 
 def critic_reward(task, state: State, buffer: ReplayBuffer, random_features) -> RTheta | None:
-    """R_θ as the critic sees it. Without a proposal: None, for the sparse reward."""
+    """R_θ as the critic sees it, in the whole buffer too. None for the sparse reward."""
     if not state.changes:
         return None
     now = state.changes[-1]
-    centre_on = None if buffer.terminal.any() else random_features
-    return RTheta(Reward(now.source, task.features), now.theta, centre_on)
+    centre_on = None if buffer.terminal.any() else random_features  # see RTheta
+    r_theta = RTheta(Reward(now.source, task.features), now.theta, centre_on)
+    buffer.relabel(r_theta)
+    return r_theta
 
 
 def propose(llm: LLM, task, random_features: np.ndarray, path: str = "") -> Change:

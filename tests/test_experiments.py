@@ -72,9 +72,6 @@ def test_failed_job_stops_no_other(whole, tmp_path):
     bad = study.job("touch", "selfalign", 1, whole / "none.md", "bad", **TINY)
     with distributed.Client(processes=False, threads_per_worker=1, n_workers=1) as client:
         assert study.run_jobs(client, [bad, JOBS[2]], whole) == 1
-    with distributed.Client(processes=False, threads_per_worker=2, n_workers=1) as client:
-        with pytest.raises(ValueError, match="--nthreads 1"):
-            study.run_jobs(client, JOBS, whole)
 
 
 def test_tables(whole):
@@ -84,22 +81,14 @@ def test_tables(whole):
     assert list(theta[0])[5:] == "step cause parameter value low high".split()
     assert [row["name"] for row in metrics] == [job.name for job in JOBS for _ in range(3)]
     assert {row["name"] for row in theta if row["cause"] == "posterior"} == {"touch-selfalign-1"}
-
-
-def test_fixed_runs_only_where_theta_changes(whole):
+    # Fixed has a run of its own only where θ changed.
     assert (whole / "touch-fixed-1").exists() and not (whole / "touch-kept-fixed-1").exists()
-    assert study.finished(JOBS[4], whole).name == "touch-kept-selfalign-1"
-    study.execute(study.job("touch", "fixed", 1, "", "own", **KEPT), str(whole))
-    same = [
-        whole / name / "metrics.csv" for name in ("touch-own-fixed-1", "touch-kept-selfalign-1")
-    ]
-    assert same[0].read_bytes() == same[1].read_bytes()
 
 
 def test_finished_begun_and_missing_runs(whole, capsys):
-    before = {path: path.stat().st_mtime_ns for path in whole.glob("touch*/*")}
+    log = (whole / "touch-selfalign-1.log").read_text()
     assert study.execute(JOBS[0], str(whole)) == "touch-selfalign-1: not learnt"
-    assert before == {path: path.stat().st_mtime_ns for path in whole.glob("touch*/*")}
+    assert (whole / "touch-selfalign-1.log").read_text() == log  # it is not run again
     assert not study.finished(study.job("touch", "sparse", 1, **{**TINY, "steps": 500}), whole)
     other = study.job("touch", "sparse", 1, **{**TINY, "batch": 17, "steps": 500})
     with pytest.raises(ValueError, match="begun with other settings"):
@@ -111,13 +100,10 @@ def test_finished_begun_and_missing_runs(whole, capsys):
 
 def test_summary(tmp_path):
     lines = ["study,name,task,method,seed,step,success,return"]
-    runs = {
-        "selfalign": ("0 1 1", "1 0 1 1", "1 0 1 0"),
-        "fixed": ("0 0 0 0 0 1 1", "0 1 1", "1 1"),
-    }
+    runs = {"selfalign": ("011", "1011", "1010"), "fixed": ("0000011", "011", "11")}
     for method, successes in runs.items():
         for seed, course in enumerate(successes):
-            for i, success in enumerate(course.split(), 1):
+            for i, success in enumerate(course, 1):
                 lines.append(f"x,a-{method}-{seed},push,{method},{seed},{i * 1_000},{success},0")
     (tmp_path / "x.csv").write_text("\n".join(lines))
     rows = study.table(tmp_path / "x.csv").splitlines()[2:]
@@ -125,11 +111,10 @@ def test_summary(tmp_path):
     assert rows[1] == "| push | fixed | 3 of 3 | 2,000 (1,000 to 6,000) |  |"
 
 
-def test_studies_name_each_run_once():
+def test_names_are_unique():
     for name in set(study.STUDIES) - {"wrong"}:  # it writes files
         jobs = study.jobs_of(name, range(1, 11))
         assert len({job.name for job in jobs}) == len(jobs)
-        assert all(study.config(job).seed == job.seed for job in jobs)
 
 
 class Writer(StandIn):
@@ -156,9 +141,10 @@ def test_rewrite_changes_the_reward(go, tmp_path):
 
 
 def test_again_asks_soon_after_a_change(go, tmp_path):
-    go("a", update=rules.METHODS["again"][0], steps=1_700, disagree=-1.0, gain=-1.0)
+    values = dict(update_every=100, disagree=-1.0, gain=-1.0)
+    go("a", update=rules.METHODS["again"][0], steps=700, **values)
     theta = study.rows(tmp_path / "a" / "theta.csv")
-    assert sorted({int(row["step"]) for row in theta}) == [0, 1_200, 1_500]  # of 300, 600, ...
+    assert sorted({int(row["step"]) for row in theta}) == [0, 400, 500]  # of 100, 200, ...
 
 
 def test_heldout(go, tmp_path):
@@ -174,7 +160,6 @@ def test_heldout(go, tmp_path):
         heldout.judge(TASK, reward, features[:10], Config(**SMALL))
 
 
-def test_scripts_list_what_there_is():
-    for name, words in (("bench.py", "environment:"), ("study.py", "proposals:")):
-        done = subprocess.run([sys.executable, EXPERIMENTS / name], capture_output=True, text=True)
-        assert done.returncode == 0 and words in done.stdout
+def test_bench_lists_comparisons():
+    done = subprocess.run([sys.executable, EXPERIMENTS / "bench.py"], capture_output=True)
+    assert done.returncode == 0 and b"environment:" in done.stdout

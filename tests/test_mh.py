@@ -17,10 +17,6 @@ from mh import Posterior, metropolis, preference_loss, rhat_ess, sample_posterio
 LOG4 = math.log(4)
 
 
-def normal_cdf(x):
-    return 0.5 * (1 + math.erf(x / math.sqrt(2)))
-
-
 def z_of(posterior, centre=1.0):
     """Draws on the scale on which the prior is standard normal."""
     return np.log(posterior.samples / centre) / LOG4
@@ -121,21 +117,6 @@ def test_seeds():
     assert not np.array_equal(draw(0), draw(1)) and not np.array_equal(draw(None), draw(None))
 
 
-def test_threshold():
-    # r = 1 where force > θ. One trajectory presses with 0.2 N for 50 steps, the better one never.
-    force = np.repeat([0.2, 0.0], 50)
-
-    def log_likelihood(theta):
-        returns = (force > theta).reshape(-1, 2, 50).sum(axis=-1)
-        return -preference_loss(returns, [(1, 0)], beta=0.02)
-
-    posterior = sample_posterior(log_likelihood, [1.0], rng=0)
-    below = normal_cdf(math.log(0.2) / LOG4)
-    paid, unpaid = below / (1 + math.e), (1 - below) / 2
-    share = (posterior.samples < 0.2).mean()
-    assert share == pytest.approx(paid / (paid + unpaid), abs=0.03)
-
-
 def test_steps_of_many_parameters():
     # Independent and piecewise constant, so every marginal follows from the prior's mass by step.
     def log_likelihood(theta):
@@ -220,6 +201,19 @@ def test_rounds():
     # The first round is burn-in, however well it looks.
     flat = sample_posterior(lambda theta: np.zeros(len(theta)), [1.0], steps=(2000, 1000), rng=0)
     assert flat.mixed and flat.samples.shape == (mh.CHAINS, 1000, 1)
+
+
+def test_one_step_leaves_the_target():
+    # Draws of a normal are still its draws after a step whose proposals follow another normal.
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((200_000, 2))
+    covariance = np.array([[2.0, 1.0], [1.0, 3.0]])
+    draws = metropolis(
+        lambda z: -0.5 * (z**2).sum(axis=1), start, np.array([0.5, 0.0]), covariance, 1, rng
+    )[:, 0]
+    assert 0.3 < (np.abs(draws - start) > 1e-9).any(axis=1).mean() < 0.9
+    np.testing.assert_allclose(draws.mean(axis=0), 0, atol=0.01)
+    np.testing.assert_allclose(np.cov(draws.T), np.eye(2), atol=0.015)
 
 
 def test_simulation_based_calibration():
@@ -315,14 +309,12 @@ def test_diagnostics_without_movement(value):
     [
         (0.6, 101, 1.04034292, 150.60022075),
         (-0.3, 100, 1.00342974, 1349.48500217),
-        (0.95, 200, 1.22593456, 18.563282),
     ],
 )
 def test_diagnostics_against_arviz(rho, steps, rhat, ess):
     draws = np.round(autoregression(rho, (5, steps, 1)), 1)  # with ties
     assert rhat_ess(draws)[0] == pytest.approx(rhat, rel=1e-7)
-    # ArviZ counts one more autocorrelation of those that no longer matter.
-    assert rhat_ess(draws)[1] == pytest.approx(ess, rel=0.02)
+    assert rhat_ess(draws)[1] == pytest.approx(ess, rel=1e-7)
 
 
 @pytest.mark.parametrize("rhat, ess, mixed", [(1.04, 401, 1), (1.06, 999, 0), (1, 399, 0)])
