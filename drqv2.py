@@ -1,15 +1,15 @@
 """DrQ-v2 (Yarats, Fergus, Lazaric & Pinto, 2021, arXiv:2107.09645): off-policy control.
 
 One episode is the unit: `rollout` lives it, the buffer takes it whole, updates follow it. Needs
-torch and numpy only. These settings for states learn Pendulum-v1 within 10,000 steps:
+torch and numpy only. This learns Pendulum-v1 from states in 10,000 steps and prints about -155:
 
     import gymnasium, numpy as np, torch
     from drqv2 import DrQV2, ReplayBuffer, linear_schedule, policy, rollout
 
     env = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
     torch.manual_seed(1)  # draws the networks' weights
-    agent = DrQV2(obs_shape=(3,), action_shape=(1,), lr=1e-3, hidden_dim=256)
-    buffer = ReplayBuffer(20_000, obs_shape=(3,), action_shape=(1,))
+    agent = DrQV2(obs_shape=(3,), action_shape=(1,), lr=1e-3, hidden_dim=64)
+    buffer = ReplayBuffer(20_000, obs_shape=(3,), action_shape=(1,), nstep=1)
     rng, generator = np.random.default_rng(1), torch.Generator().manual_seed(1)
     for n in range(50):
         std = linear_schedule(200 * n, start=1.0, end=0.1, duration=5_000)
@@ -19,6 +19,8 @@ torch and numpy only. These settings for states learn Pendulum-v1 within 10,000 
             agent.update(buffer.sample(128, rng), std, generator)
     tests = [rollout(env, policy(agent.greedy), seed=1_000 + n) for n in range(20)]
     print(np.mean([episode.reward.sum() for episode in tests]))
+
+Seeds 1 to 4 end between -149 and -157. With the default nstep=3, seed 1 ends at -219.
 
 Observations of three dimensions are stacks of three RGB frames; they get the paper's encoder and
 random shift. Observations of one dimension are states and get neither: what remains is DDPG with
@@ -30,7 +32,6 @@ repeats actions; `saturation` and `average` of DrQV2, off by default, are not in
 """
 
 import copy
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 FRAMES = 3  # in one observation of pixels
 FEATURE_DIM = 50  # width of the trunks
@@ -56,7 +56,7 @@ class Episode:
     features: np.ndarray  # (T, F) float64, named scalars of each step
     reward: np.ndarray  # (T,) float64, the environment's own
     terminated: bool  # ended for good, not by a time limit
-    success: bool  # info["success"] of the last step
+    success: bool  # info["success"] of the last step; False without named features
 
     def __len__(self) -> int:
         return len(self.action)
@@ -76,23 +76,29 @@ def rollout(env, act: Callable, seed: int, names: tuple = (), limit: float = mat
         obs, reward, terminated, truncated, info = env.step(actions[-1])
         over = terminated or truncated
         measured = info.get("features", {})
-        if not measured.keys() >= set(names):
-            raise ValueError(f"info['features'] lacks {set(names) - measured.keys()}")
-        if len(actions) >= limit and not over:
+        missing = [name for name in names if name not in measured]
+        if missing:
+            raise ValueError(f"info['features'] of the environment lacks {', '.join(missing)}")
+        if len(actions) > limit:
             raise ValueError(f"an episode goes on for more than {limit:g} steps: truncate it")
         observations.append(np.array(obs[newest]))  # it may be the environment's own
         features.append([measured[name] for name in names])
         rewards.append(reward)
-    kept = np.array(observations), np.array(features, float), np.array(rewards, float)
-    if not all(np.isfinite(array).all() for array in kept):
-        raise ValueError("an observation, a feature or a reward of the environment is not finite")
-    actions, success = np.array(actions, np.float32), bool(info["success"]) if names else False
-    return Episode(kept[0], actions, *kept[1:], bool(terminated), success)
+    episode = Episode(
+        np.array(observations),
+        np.array(actions, np.float32),
+        np.array(features, float),
+        np.array(rewards, float),
+        bool(terminated),
+        bool(info["success"]) if names else False,
+    )
+    for name in ("obs", "action", "features", "reward"):
+        if not np.isfinite(getattr(episode, name)).all():
+            raise ValueError(f"an episode's {name} is not finite throughout")
+    return episode
 
 
-def policy(
-    network: nn.Module, std: float = 0.0, rng: np.random.Generator | None = None
-) -> Callable:
+def policy(network: nn.Module, std: float = 0.0, rng=None) -> Callable:
     """Maps an observation to an action (A,): the network's mean plus N(0, std²), clipped."""
     device = next(network.parameters()).device
 
@@ -116,13 +122,11 @@ def random_shift(images: torch.Tensor, generator: torch.Generator, pad: int = 4)
     The authors draw the same shifts and interpolate, although nothing lies between whole pixels.
     A gather copies each byte once. Returns the same shape and type, channels last in memory.
     """
-    size = torch.arange(images.shape[-1], device=images.device)
-    batch = torch.arange(len(images), device=images.device)[:, None, None]
-    shift = torch.randint(
-        -pad, pad + 1, (2, len(images), 1), device=size.device, generator=generator
-    )
-    columns, rows = (size + shift).clamp(0, len(size) - 1)
-    return images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    B, H, device = len(images), images.shape[-1], images.device
+    shift = torch.randint(2 * pad + 1, (2, B, 1), device=device, generator=generator) - pad
+    columns, rows = (torch.arange(H, device=device) + shift).clamp(0, H - 1)
+    image = torch.arange(B, device=device)[:, None, None]
+    return images[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def truncated_normal(mean: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
@@ -144,18 +148,15 @@ def init_weights(module):
 
 
 class Encoder(nn.Module):
-    """3×3 convolutions of 32 channels, one per stride: bytes (B, C, H, H) to (B, out_dim)."""
+    """f_ξ: 3×3 convolutions of 32 channels, one per stride. Bytes (B, C, H, H) to (B, features)."""
 
-    def __init__(self, obs_shape, strides):
+    def __init__(self, channels, strides):
         super().__init__()
-        layers, channels = [], obs_shape[0]
+        layers = []
         for stride in strides:
             layers += [nn.Conv2d(channels, 32, 3, stride), nn.ReLU(inplace=True)]
             channels = 32
-        self.convnet = nn.Sequential(*layers).apply(init_weights)
-        # With channels last, a CPU's convolutions take two thirds of the time.
-        self.convnet.to(memory_format=torch.channels_last)
-        self.out_dim = self(torch.zeros(1, *obs_shape)).shape[1]
+        self.convnet = nn.Sequential(*layers)
 
     def forward(self, images):
         images = images.to(torch.float32, memory_format=torch.channels_last)
@@ -166,23 +167,9 @@ def trunk(in_dim):
     return nn.Sequential(nn.Linear(in_dim, FEATURE_DIM), nn.LayerNorm(FEATURE_DIM), nn.Tanh())
 
 
-def mlp(*sizes):
-    pairs = itertools.pairwise(sizes)
-    layers = [layer for a, b in pairs for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
-
-
-class Actor(nn.Module):
-    """π_φ: the mean of a truncated normal over actions, (B, A) in (−1, 1)."""
-
-    def __init__(self, in_dim, action_dim, hidden_dim):
-        super().__init__()
-        head = mlp(FEATURE_DIM, hidden_dim, hidden_dim, action_dim)
-        self.preactivation = nn.Sequential(trunk(in_dim), head)
-        self.apply(init_weights)
-
-    def forward(self, h):
-        return torch.tanh(self.preactivation(h))
+def mlp(in_dim, hidden_dim, out_dim):
+    first, second = nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden_dim, out_dim))
 
 
 class Critic(nn.Module):
@@ -191,13 +178,19 @@ class Critic(nn.Module):
     def __init__(self, in_dim, action_dim, hidden_dim):
         super().__init__()
         self.trunk = trunk(in_dim)
-        self.q1 = mlp(FEATURE_DIM + action_dim, hidden_dim, hidden_dim, 1)
-        self.q2 = mlp(FEATURE_DIM + action_dim, hidden_dim, hidden_dim, 1)
-        self.apply(init_weights)
+        self.q1 = mlp(FEATURE_DIM + action_dim, hidden_dim, 1)
+        self.q2 = mlp(FEATURE_DIM + action_dim, hidden_dim, 1)
 
     def forward(self, h, action):
         h = torch.cat([self.trunk(h), action], dim=-1)
         return self.q1(h), self.q2(h)
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
+    """slow ← (1 − rate)·slow + rate·fast."""
+    for mine, theirs in zip(slow.parameters(), fast.parameters()):
+        mine.lerp_(theirs, rate)
 
 
 class DrQV2:
@@ -225,26 +218,23 @@ class DrQV2:
         average: float = 1.0,
         strides: tuple = (2, 1, 1, 1),
     ):
-        self.device, self.saturation = torch.device(device), saturation
+        self.device, self.saturation, self.average = torch.device(device), saturation, average
         self.pixels = len(obs_shape) == 3
-        self.encoder = Encoder(obs_shape, strides) if self.pixels else nn.Identity()
-        in_dim = self.encoder.out_dim if self.pixels else obs_shape[0]
-        self.actor = Actor(in_dim, action_shape[0], hidden_dim)
-        self.critic = Critic(in_dim, action_shape[0], hidden_dim).to(self.device)
+        encoder = Encoder(obs_shape[0], strides) if self.pixels else nn.Identity()
+        # With channels last, a CPU's convolutions take two thirds of the time.
+        self.encoder = encoder.apply(init_weights).to(memory_format=torch.channels_last)
+        in_dim, A = self.encoder(torch.zeros(1, *obs_shape)).shape[1], action_shape[0]
+        # The actor gives pre-activations u; the mean action is tanh(u).
+        actor = nn.Sequential(trunk(in_dim), mlp(FEATURE_DIM, hidden_dim, A))
+        self.actor = actor.apply(init_weights)
+        self.critic = Critic(in_dim, A, hidden_dim).apply(init_weights).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.explorer = nn.Sequential(self.encoder, self.actor).to(self.device)
+        self.explorer = nn.Sequential(self.encoder, self.actor, nn.Tanh()).to(self.device)
         self.greedy = copy.deepcopy(self.explorer).requires_grad_(False)
-        self.actor_parameters = [*self.actor.parameters()]
-        self.actor_opt = torch.optim.Adam(self.actor_parameters, lr=lr, fused=True)
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=lr, fused=True)
         # One optimiser for both, because the encoder learns from the critic's loss alone.
         parameters = [*self.encoder.parameters(), *self.critic.parameters()]
         self.critic_opt = torch.optim.Adam(parameters, lr=lr, fused=True)
-        # slow ← (1 − rate)·slow + rate·fast
-        pairs = (self.critic_target, self.critic, TAU), (self.greedy, self.explorer, average)
-        self.averages = [
-            (get_ema_multi_avg_fn(1 - rate), [*slow.parameters()], [*fast.parameters()])
-            for slow, fast, rate in pairs
-        ]
 
     def update(self, batch: tuple, std: float, generator: torch.Generator) -> dict[str, float]:
         """One gradient step for critic and encoder (equation 1) and actor (equation 2).
@@ -261,7 +251,7 @@ class DrQV2:
         h = self.encoder(obs)
         with torch.no_grad():
             next_h = self.encoder(next_obs)
-            next_action = truncated_normal(self.actor(next_h), std, generator)
+            next_action = truncated_normal(self.actor(next_h).tanh(), std, generator)
             y = reward + discount * torch.min(*self.critic_target(next_h, next_action))
         q1, q2 = self.critic(h, action)
         critic_loss = F.mse_loss(q1, y) + F.mse_loss(q2, y)
@@ -270,15 +260,15 @@ class DrQV2:
         self.critic_opt.step()
 
         h = h.detach()
-        u = self.actor.preactivation(h)
-        q = torch.min(*self.critic(h, truncated_normal(torch.tanh(u), std, generator)))
+        u = self.actor(h)
+        q = torch.min(*self.critic(h, truncated_normal(u.tanh(), std, generator)))
         actor_loss = self.saturation * u.square().mean() - q.mean()
         self.actor_opt.zero_grad()
-        actor_loss.backward(inputs=self.actor_parameters)  # through Q, not into it
+        actor_loss.backward(inputs=[*self.actor.parameters()])  # through Q, not into it
         self.actor_opt.step()
 
-        for move, slow, fast in self.averages:
-            move(slow, fast, None)
+        follow(self.critic_target, self.critic, TAU)
+        follow(self.greedy, self.explorer, self.average)
         losses = {"critic_loss": critic_loss.item(), "actor_loss": actor_loss.item()}
         losses["q"] = q1.mean().item()
         if not all(map(math.isfinite, losses.values())):
@@ -312,7 +302,7 @@ class ReplayBuffer:
         self.age = np.zeros(capacity, int)  # steps since the episode began
         self.left = np.zeros(capacity, int)  # steps until it ends
         self.terminal = np.zeros(capacity, bool)  # it ended here for good
-        self.starts = np.empty(0, int)  # rows that a transition leaves
+        self.starts = np.zeros(0, int)  # rows to sample: those that an action leaves
 
     def add(self, episode: Episode, reward: np.ndarray) -> None:
         """Stores an episode with the rewards (T,) to learn from, in place of the oldest rows.
@@ -320,19 +310,19 @@ class ReplayBuffer:
         Raises ValueError for arrays that have another shape or kind than declared.
         """
         T = len(episode)
-        rows = (self.rows + np.arange(T + 1)) % self.capacity
-        for name, where in (("obs", rows), ("action", rows[:-1]), ("features", rows[:-1])):
+        for name, length in (("obs", T + 1), ("action", T), ("features", T)):
             new, kept = getattr(episode, name), getattr(self, name)
-            fits = new.shape == (len(where), *kept.shape[1:]) and T < self.capacity
+            fits = new.shape == (length, *kept.shape[1:]) and T < self.capacity
             if not fits or not np.can_cast(new.dtype, kept.dtype, "same_kind"):
                 takes = f"at most {self.capacity} rows of {kept.shape[1:]}, {kept.dtype}"
                 raise ValueError(f"{name} is {new.shape}, {new.dtype}; the buffer takes {takes}")
-            kept[where] = new
-        self.reward[rows[:-1]] = reward
+        rows = (self.rows + np.arange(T + 1)) % self.capacity
+        self.obs[rows], self.action[rows[:-1]] = episode.obs, episode.action
+        self.features[rows[:-1]], self.reward[rows[:-1]] = episode.features, reward
         self.age[rows], self.left[rows] = np.arange(T + 1), np.arange(T, -1, -1)
         self.terminal[rows], self.terminal[rows[-1]] = False, episode.terminated
         self.rows += T + 1
-        # What follows may be the rest of an old episode, without the frames that came before.
+        # The oldest rows left may lack the frames before them.
         self.left[(self.rows + np.arange(self.frames - 1)) % self.capacity] = 0
         self.starts = np.flatnonzero(self.left)
 
@@ -358,5 +348,5 @@ class ReplayBuffer:
         return frames.reshape(len(rows), -1, *frames.shape[3:])
 
     def relabel(self, reward_fn: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Computes all rewards anew. reward_fn: features (N, F) to rewards (N,)."""
+        """Computes all rewards again. reward_fn: features (N, F) to rewards (N,)."""
         self.reward[self.starts] = reward_fn(self.features[self.starts])

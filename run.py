@@ -221,13 +221,14 @@ def show_posterior(posterior, before: dict, after: dict, gain: float, taken: boo
         f"\n  Metropolis-Hastings, {chains} chains of {draws:,} draws: "
         f"acceptance {posterior.acceptance:.2f}, R-hat at most {posterior.rhat.max():.3f}, "
         f"effective sample size at least {posterior.ess.min():.0f}"
+        + ("" if posterior.mixed else ": NOT mixed")
     )
     print(f"    {'θ':<20} {'before':>10} {'after':>10}   90 % interval")
     for name, low, high in zip(after, *posterior.interval(0.9)):
         print(
             f"    {name:<20} {before[name]:>10.4g} {after[name]:>10.4g}   {low:.3g} to {high:.3g}"
         )
-    verdict = "" if taken else ": not taken" if posterior.mixed else ": not taken, NOT mixed"
+    verdict = "" if taken else ", so it is not taken"
     print(f"  It orders {100 * gain:.1f} points more of all ranked pairs like the LLM{verdict}.\n")
 
 

@@ -268,7 +268,7 @@ def choose(reward: Reward, state: State, c: Config, rng) -> list[int]:
 def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
     """θ ← the mean of p(θ | D) by Metropolis-Hastings, see mh.py.
 
-    None when the sampler has not mixed or its mean orders no more of D's pairs like the LLM.
+    None unless it orders more of D's pairs like the LLM than the present θ does.
     """
     now = state.changes[-1]
     R = reward.returns([state.features[i] for numbers, _ in state.D for i in numbers])
@@ -292,7 +292,7 @@ def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
         return None
     theta = dict(zip(now.prior, posterior.mean.tolist()))
     gain = float(discordance(R(now.theta), pairs) - discordance(R(theta), pairs))
-    taken = posterior.mixed and gain > c.gain
+    taken = gain > c.gain
     screen.show_posterior(posterior, now.theta, theta, gain, taken)
     stats = zip(*posterior.interval(0.9).tolist(), posterior.rhat.tolist(), posterior.ess.tolist())
     stats = dict(zip(theta, map(list, stats)))
