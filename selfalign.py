@@ -16,6 +16,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
     random_features = check_env(env, task)
     torch.manual_seed(c.seed)
     shapes = env.observation_space.shape, env.action_space.shape
-    agent = DrQV2(*shapes, c.device, c.lr, c.hidden, c.saturation, c.average, strides=(2, 2, 1, 1))
+    agent = DrQV2(*shapes, c.device, c.lr, c.hidden, c.saturation, c.average, screen.STRIDES)
     buffer = ReplayBuffer(2 * c.steps + limit, *shapes, len(names), discount=task.discount)
     simulator, examiner = Worker(make_env, c.workers), Worker(make_env, c.workers)
 
@@ -391,32 +392,44 @@ def choose_llm(c: Config, run: Run) -> LLM:
     return LLM(backend, transcript, replay)
 
 
+def start(args: argparse.Namespace, given: dict) -> tuple[Config, Run, LLM | None]:
+    """The run to begin or to resume, and its LLM. Writes nothing."""
+    if args.resume:
+        run = Run(args.resume, resume=True)
+        kept = {f.name: run.settings[f.name] for f in fields(Config) if f.name in run.settings}
+        c = Config(**{**kept, **given})
+    else:
+        c = Config(**{**(PIXELS if given.get("obs") == "pixels" else {}), **given})
+        run = Run(c.out or screen.free_folder(f"runs/{c.task}-{c.reward}-{c.seed}"))
+    print(f"Task: {c.task}. {TASKS[c.task].goal}\nReward: {c.reward}. Folder: {run.folder}")
+    asks = c.reward == "selfalign" or (c.reward == "fixed" and not c.proposal)
+    return c, run, choose_llm(c, run) if asks else None
+
+
 def main():
     args, given = read_flags()
     try:
         if args.play:
             return screen.play(args.play, args.gif, args.episodes)
-        if not args.resume:
-            c = Config(**{**(PIXELS if given.get("obs") == "pixels" else {}), **given})
-            run = Run(c.out or screen.free_folder(f"runs/{c.task}-{c.reward}-{c.seed}"))
-        else:
-            run = Run(args.resume, resume=True)
-            c = Config(**{**run.settings, **given})
-        print(f"Task: {c.task}. {TASKS[c.task].goal}\nReward: {c.reward}. Folder: {run.folder}")
-        llm = None if c.reward == "sparse" else choose_llm(c, run)
-        if c.obs == "state":
-            torch.set_num_threads(1)  # networks this small lose time to a second thread
-        make_env = partial(PandaEnv, c.task, c.obs)
-        update = update_theta if c.reward == "selfalign" else None
+        c, run, llm = start(args, given)
+    except (ValueError, OSError, LLMError) as error:
+        sys.exit(f"selfalign: {error}")
+    if c.obs == "state":
+        torch.set_num_threads(1)  # networks this small lose time to a second thread
+    make_env, update = partial(PandaEnv, c.task, c.obs), None
+    if c.reward == "selfalign":
+        update = update_theta
+    resume = f"python selfalign.py --resume {run.folder}"
+    try:
         steps = train(make_env, TASKS[c.task], llm, run, c, update)
     except KeyboardInterrupt:
-        sys.exit(f"\nStopped. Continue:  python selfalign.py --resume {run.folder}")
-    except (LLMError, ReplayError, ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"\nStopped. Continue:  {resume}")
+    except (LLMError, ReplayError, FloatingPointError) as error:
         sys.exit(f"\nselfalign: {error}")
-    learnt = (
-        f"learnt: 100 % success at {steps:,} environment steps, and again at the next evaluation"
-    )
-    print(f"\n{c.task} " + (learnt if steps else f"was not learnt within {c.steps:,} steps"))
+    except (OSError, BrokenProcessPool) as error:
+        sys.exit(f"\nselfalign: {error}. Continue:  {resume}")
+    learnt = f"is learnt: 100 % at {steps} environment steps, and again at the next evaluation"
+    print(f"\n{c.task} {learnt if steps else f'was not learnt within {c.steps:,} steps'}")
     print(f"Watch it:  python selfalign.py --play {run.folder}")
 
 

@@ -80,9 +80,9 @@ class Killed(BaseException):
 
 SMALL = dict(
     seed=5,
-    steps=700,
+    steps=500,
     workers=False,
-    update_every=300,
+    update_every=200,
     ranked=4,
     eval_every=100,
     eval_episodes=2,

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,26 +19,23 @@ import rules  # noqa: E402
 import study  # noqa: E402
 
 from llm import Reply  # noqa: E402
-from reward import Reward  # noqa: E402
-from selfalign import Config  # noqa: E402
 from standin import StandIn  # noqa: E402
 
 TINY = dict(steps=400, update_every=200, ranked=4, eval_every=100, eval_episodes=1, explore=100)
 TINY.update(batch=16, hidden=16, rising=1.0, disagree=-1.0, gain=-1.0)
 KEPT = {**TINY, "gain": 1.0}  # θ never changes
+HERE = dict(threads_per_worker=1, dashboard_address=None)
 JOBS = [study.job("touch", method, 1, **TINY) for method in ("selfalign", "fixed", "sparse")]
 JOBS += [study.job("touch", method, 1, "", "kept", **KEPT) for method in ("selfalign", "fixed")]
 
 
 def tables(folder, jobs):
-    results = folder / f"results-{len(jobs)}"
-    study.collect("tiny", jobs, folder, results)
-    return [(results / name).read_bytes() for name in ("tiny.csv", "tiny-theta.csv")]
+    study.collect("tiny", jobs, folder, folder / "results")
+    return [(folder / f"results/tiny{end}.csv").read_bytes() for end in ("", "-theta")]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a study that ran in this process."""
     folder = tmp_path_factory.mktemp("whole")
     for job in JOBS:
         study.execute(job, str(folder))
@@ -57,10 +53,8 @@ def test_killed_worker_loses_nothing(whole, tmp_path):
                 if begun and not killed:
                     os.kill(client.run(os.getpid)[worker], signal.SIGKILL)
                     killed.extend(begun)
-            time.sleep(0.02)
 
-    here = dict(n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address=None)
-    with distributed.Client(**here) as client:
+    with distributed.Client(n_workers=2, **HERE) as client:
         threading.Thread(target=kill_one, args=[client], daemon=True).start()
         assert study.run_jobs(client, JOBS[:3], tmp_path) == 0
     assert "Continuing from the checkpoint" in Path(f"{killed[0]}.log").read_text()
@@ -70,18 +64,17 @@ def test_killed_worker_loses_nothing(whole, tmp_path):
 def test_failed_job_stops_no_other(whole, tmp_path):
     distributed = pytest.importorskip("distributed")
     bad = study.job("touch", "selfalign", 1, whole / "none.md", "bad", **TINY)
-    with distributed.Client(processes=False, threads_per_worker=1, n_workers=1) as client:
+    with distributed.Client(n_workers=1, processes=False, **HERE) as client:
         assert study.run_jobs(client, [bad, JOBS[2]], whole) == 1
 
 
-def test_tables(whole):
+def test_tables_and_runs_of_fixed(whole):
     tables(whole, JOBS)
-    metrics, theta = (study.rows(whole / f"results-5/tiny{end}.csv") for end in ("", "-theta"))
+    metrics, theta = (study.rows(whole / f"results/tiny{end}.csv") for end in ("", "-theta"))
     assert list(metrics[0]) == "study name task method seed step success return".split()
     assert list(theta[0])[5:] == "step cause parameter value low high".split()
     assert [row["name"] for row in metrics] == [job.name for job in JOBS for _ in range(3)]
     assert {row["name"] for row in theta if row["cause"] == "posterior"} == {"touch-selfalign-1"}
-    # Fixed has a run of its own only where θ changed.
     assert (whole / "touch-fixed-1").exists() and not (whole / "touch-kept-fixed-1").exists()
 
 
@@ -111,23 +104,17 @@ def test_summary(tmp_path):
     assert rows[1] == "| push | fixed | 3 of 3 | 2,000 (1,000 to 6,000) |  |"
 
 
-def test_names_are_unique():
-    for name in set(study.STUDIES) - {"wrong"}:  # it writes files
-        jobs = study.jobs_of(name, range(1, 11))
-        assert len({job.name for job in jobs}) == len(jobs)
-
-
 class Writer(StandIn):
     """Ranks like the stand-in, and writes rewards with ever smaller numbers."""
 
-    written = 0
+    width = 2.0
 
     def __call__(self, messages):
         if "The present reward function" not in messages[0]["content"]:
             return super().__call__(messages)
-        self.written += 1
-        body = f"def r(distance, width={1 / self.written}):\n"
-        return Reply(f"```python\n{body}    return {{'near': -distance / width}}\n```")
+        self.width /= 2
+        head = f"def r(distance, width={self.width}):\n"
+        return Reply(head + "    return {'near': distance / width}")
 
 
 def test_rewrite_changes_the_reward(go, tmp_path):
@@ -141,10 +128,9 @@ def test_rewrite_changes_the_reward(go, tmp_path):
 
 
 def test_again_asks_soon_after_a_change(go, tmp_path):
-    values = dict(update_every=100, disagree=-1.0, gain=-1.0)
-    go("a", update=rules.METHODS["again"][0], steps=700, **values)
-    theta = study.rows(tmp_path / "a" / "theta.csv")
-    assert sorted({int(row["step"]) for row in theta}) == [0, 400, 500]  # of 100, 200, ...
+    go("a", update=rules.again, steps=700, update_every=100, disagree=-1.0, gain=-1.0)
+    steps = {int(row["step"]) for row in study.rows(tmp_path / "a" / "theta.csv")}
+    assert steps == {0, 400, 500}  # of 100, 200, ...
 
 
 def test_heldout(go, tmp_path):
@@ -153,13 +139,12 @@ def test_heldout(go, tmp_path):
     assert sum(map(len, features)) >= 700 and features[0].shape == (20, 2)
     for sign, right in (("-", True), ("", False)):
         source = f"def r(distance, w=1.0):\n    return {{'near': {sign}w * distance}}\n"
-        reward = Reward(source, TASK.features)
-        result = heldout.judge(TASK, reward, features, Config(**SMALL))
+        reward = heldout.Reward(source, TASK.features)
+        result = heldout.judge(TASK, reward, features, study.Config(**SMALL))
         assert (result["held_before"] > 0.6) == right and (result["late_before"] > 0.6) == right
     with pytest.raises(ValueError, match="less than a period"):
-        heldout.judge(TASK, reward, features[:10], Config(**SMALL))
+        heldout.judge(TASK, reward, features[:10], study.Config(**SMALL))
 
 
 def test_bench_lists_comparisons():
-    done = subprocess.run([sys.executable, EXPERIMENTS / "bench.py"], capture_output=True)
-    assert done.returncode == 0 and b"environment:" in done.stdout
+    assert b"environment:" in subprocess.check_output([sys.executable, EXPERIMENTS / "bench.py"])

@@ -10,7 +10,7 @@ from run import Run, free_folder
 @pytest.mark.parametrize("make_env", [Dot, Picture])
 @pytest.mark.parametrize("fuse", [45, 170, 301])
 def test_a_killed_run_resumes_to_the_same_bytes(fuse, make_env, go, tmp_path):
-    steps = 300 if make_env is Picture else 700
+    steps = 300 if make_env is Picture else 500
     go("whole", make_env=make_env, steps=steps)
     kills = 0
     while True:
@@ -42,7 +42,7 @@ def test_sparse_resumes(go, tmp_path):
 def test_more_steps(go, tmp_path):
     go("whole", update=None)
     go("more", update=None, steps=300)
-    go("more", update=None, steps=700)
+    go("more", update=None, steps=500)
     assert contents(tmp_path / "more") == contents(tmp_path / "whole")
 
 
@@ -58,7 +58,7 @@ def test_answers_are_not_asked_for_twice(go, tmp_path):
 
     go("whole", backend=Counts())
     once, Counts.asked = Counts.asked, 0
-    Dot.fuse = 640
+    Dot.fuse = 450
     try:
         with pytest.raises(Killed):
             go("cut", backend=Counts())

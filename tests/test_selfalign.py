@@ -14,7 +14,7 @@ from llm import LLM, Reply
 from mh import pairs_of
 from reward import Reward
 from run import Change, State
-from selfalign import Config, align, being_learnt, choose, unblock, update_theta
+from selfalign import Config, align, being_learnt, choose, main, unblock, update_theta
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,14 +39,14 @@ class Answers:
 
 
 def test_run_leaves_its_folder(go, tmp_path):
-    go("a")
+    go("a", gain=-1.0, disagree=-1.0)  # whatever the LLM prefers, θ changes
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {
         "settings.json", "metrics.csv", "theta.csv", "llm.jsonl", "reward.py", "policy.pt",
         "checkpoint.pt", "episodes",
     }  # fmt: skip
     metrics = rows(tmp_path / "a" / "metrics.csv")
-    assert [int(row["step"]) for row in metrics] == list(range(200, 701, 100))
+    assert [int(row["step"]) for row in metrics] == list(range(200, 501, 100))
     assert all(np.isfinite(float(value)) for row in metrics for value in row.values())
     theta = rows(tmp_path / "a" / "theta.csv")
     assert theta[0] == dict(
@@ -142,10 +142,10 @@ def test_periods_count_steps(length, go, tmp_path):
 
     go("a", make_env=Other, update=update)
     steps = [int(row["step"]) for row in rows(tmp_path / "a" / "metrics.csv")]
-    assert len(steps) >= 700 // max(length, 100) - 2
+    assert len(steps) >= 500 // max(length, 100) - 2
     assert all(b // 100 > a // 100 for a, b in zip(steps, steps[1:]))
-    assert [step // 300 for step in asked] == [1, 2]
-    assert all(step % 300 < length for step in asked)
+    assert [step // 200 for step in asked][:2] == [1, 2]
+    assert all(step % 200 < length for step in asked)
 
 
 def test_termination_keeps_an_alive_bonus(go, tmp_path):
@@ -367,12 +367,15 @@ def test_command_line_trains_resumes_and_plays(tmp_path):
         (["--out", "full"], "full is not empty"),
     ],
 )
-def test_wrong_flags_get_one_line(flags, words, tmp_path):
+def test_wrong_flags_get_one_line(flags, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("all of it")
-    failed = command(*flags, cwd=tmp_path)
-    assert failed.returncode != 0 and words in failed.stderr
-    assert "Traceback" not in failed.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["selfalign.py", *flags])
+    monkeypatch.delenv("OPENAI_MODEL", raising=False)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert words in f"{end.value} {capsys.readouterr().err}"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "thesis.txt"]
 
 
