@@ -27,7 +27,7 @@ import numpy as np
 BETA = 0.9  # Boltzmann rationality, the paper's value
 PRIOR_STD = np.log(4.0)  # of log θ: one standard deviation is a factor of four
 CHAINS, TRIES = 16, 100  # TRIES: draws from the prior for each chain, to find its start
-STEPS = (200, 400, 800, 1600, 3200)  # of each chain, by round
+STEPS = (200, 400, 800, 1600)  # of each chain, by round
 # With ESS 400 the mean is off by 1/20 of the spread, and R-hat is sqrt(1 + 32 / 400) by chance.
 MAX_RHAT, MIN_ESS = 1.05, 400
 

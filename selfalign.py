@@ -267,9 +267,10 @@ def choose(reward: Reward, state: State, c: Config, rng) -> list[int]:
 
 
 def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
-    """θ ← the mean of p(θ | D) by Metropolis-Hastings, see mh.py.
+    """θ ← the mean of those tenth of the draws from p(θ | D) that explain D best, see mh.py.
 
-    None unless it orders more of D's pairs like the LLM than the present θ does.
+    Thresholds split p(θ | D) into modes, and the mean of all draws may lie between two of them.
+    None unless the new θ orders more of D's pairs like the LLM than the present one does.
     """
     now = state.changes[-1]
     R = reward.returns([state.features[i] for numbers, _ in state.D for i in numbers])
@@ -291,7 +292,11 @@ def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
     except SamplerError as error:
         print(f"\n  No posterior: {error}", flush=True)
         return None
-    theta = dict(zip(now.prior, posterior.mean.tolist()))
+    draws = posterior.samples.reshape(-1, len(now.prior))
+    draws = draws[:: len(draws) // 1_000 + 1]
+    likelihood = log_likelihood(draws)
+    best = draws[likelihood >= np.quantile(likelihood, 0.9)]
+    theta = dict(zip(now.prior, np.exp(np.log(best).mean(axis=0)).tolist()))
     gain = float(discordance(R(now.theta), pairs) - discordance(R(theta), pairs))
     taken = gain > c.gain
     screen.show_posterior(posterior, now.theta, theta, gain, taken)
