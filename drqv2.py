@@ -73,7 +73,7 @@ def rollout(env, act: Callable, seed: int, names: tuple = (), limit: float = mat
     observations, actions, features, rewards, over = [np.array(obs[newest])], [], [], [], False
     while not over:
         actions.append(act(obs))
-        obs, reward, terminated, truncated, info = env.step(actions[-1])
+        obs, reward, terminated, truncated, info = env.step(actions[-1].copy())
         over = terminated or truncated
         measured = info.get("features", {})
         missing = [name for name in names if name not in measured]
@@ -93,8 +93,8 @@ def rollout(env, act: Callable, seed: int, names: tuple = (), limit: float = mat
         bool(info["success"]) if names else False,
     )
     for name in ("obs", "action", "features", "reward"):
-        if not np.isfinite(getattr(episode, name)).all():
-            raise ValueError(f"an episode's {name} is not finite throughout")
+        if not np.isfinite(np.float32(getattr(episode, name))).all():
+            raise ValueError(f"an episode's {name} is not finite throughout, in single precision")
     return episode
 
 

@@ -470,7 +470,7 @@ def check_env(env, task) -> np.ndarray:
         _require(fulfilled, f"{type(env).__name__}: {words}")
 
     def check_observation(obs, when):
-        obs = np.asarray(obs)
+        check(isinstance(obs, np.ndarray), f"the observation of {when} must be a numpy array")
         words = f"the observation of {when} is {obs.dtype} {obs.shape}, but observation_space says "
         check(obs.dtype == dtype and obs.shape == shape, f"{words}{dtype} {shape}")
         check(np.isfinite(obs).all(), f"the observation of {when} holds NaN or infinity")

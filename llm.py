@@ -145,6 +145,8 @@ class LLM:
                 return {"reply": reply.pop("text"), **reply}
             except UnusableReply as error:
                 return {"unusable": str(error)}
+            except (OSError, UnicodeDecodeError) as error:  # of a backend of one's own
+                return {"error": f"{type(error).__name__}: {error}"}
             except LLMError as error:
                 return {"error": str(error)}
             except Busy as busy:
@@ -183,7 +185,10 @@ def _read_transcript(path, errors: bool, lines_only: bool) -> tuple[dict, int]:
         talk = (*talk, answer) if record["kind"].endswith(", repair") else ()
         talk, answer = (*talk, record["prompt"]), record.get("reply", NO_TEXT)
         if errors or "error" not in record:
-            found.setdefault(talk, []).append(record)
+            records = found.setdefault(talk, [])
+            if records and "error" in records[-1]:  # the run was resumed, and asked again
+                records.pop()
+            records.append(record)
     return found, data.rfind(b"\n") + 1
 
 
@@ -220,7 +225,7 @@ class Chat:
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         base = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
         if not model:
-            raise LLMError("no model is named: add --model NAME")
+            raise LLMError("no model is named: add --model NAME, or --llm offline for the stand-in")
         if not key.isascii() or not key.isprintable():
             raise LLMError("OPENAI_API_KEY holds characters that no key has: set it again")
         if not base.startswith(("http://", "https://")):
@@ -332,7 +337,7 @@ def _named_wait(header: str, text: str) -> float:
     if date and ":" in header:
         waits, header = [0.0, mktime_tz(date) - time.time()], ""
     scale = {"ms": 0.001, "mi": 60, "m": 60, "h": 3600}
-    for named in re.finditer(WAIT, f"retry {header} {text}"):
+    for named in re.finditer(WAIT, f"retry {header}; {text}" if header else text):
         parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|mi|h|m)?", named["wait"])
         waits.append(sum(float(number) * scale.get(unit, 1) for number, unit in parts))
     return max(waits)
@@ -488,6 +493,7 @@ def read_code(text: str) -> str:
 
 # What rankings are written with, and what may stand around their numbers.
 SYMBOLS = (
+    (r"\\l?not(?![a-z])", "!"),
     (r"\\(succ|gt)(?![a-z])|[≻≫]|>>+", ">"),
     (r"\\(sim|approx|equiv|simeq)(?![a-z])|[~∼≈≃≅≡]|==+", "="),
     (r"\\[a-z]+|\\.", " "),
@@ -503,9 +509,8 @@ MARKUP = r"[][(){}*_`$\\\"'#&|\u200b\ufe0f\u20e3]"
 LABEL = r"(?m)^[^\w\n]*((final|my|the|overall|corrected) +)*ranking( +is)?(?=\s*[:=>\d-]|\s*$)"
 NUMBER = r"(?<![\w.-])([0-9]{1,6})(?!\w|\.[0-9])"
 CHAIN = r"(?<![^\s<>=:])[^\s<>=:]+(?:\s*[<>=]+\s*[^\s<>=:]+)+"
-REVERSE = r"(?<![a-z])(worst|lowest|least|poorest|weakest|bad)[\W_]+(to|first)(?![a-z])|" + (
-    r"(ascending|increasing|reversed?)[\W_]*(order|[):])"
-)
+REVERSE = r"(?<![a-z])(worst|lowest|least|poorest|weakest|bad|bottom)[\W_]+(to|first|best|highest"
+REVERSE += r"|most|strongest|top|on the left)(?![a-z])|(ascending|increasing|reversed?)(?![a-z])"
 
 
 def read_ranking(text: str, count: int) -> list[list[int]]:

@@ -3,18 +3,19 @@
 With returns R_θ(τ) and a set D of pairs (i, j), each saying that τ_i is preferred to τ_j,
     P[τ_i ≻ τ_j | θ] = exp(β R_θ(τ_i)) / (exp(β R_θ(τ_i)) + exp(β R_θ(τ_j)))
     L(θ) = − Σ_{(i,j) ∈ D} w_ij log P[τ_i ≻ τ_j | θ],    p(θ | D) ∝ exp(−L(θ)) p(θ)
-The paper has w = 1. But a ranking of K trajectories gives up to K (K − 1) / 2 pairs and is only
-about K − 1 facts; w = 2 / K counts it so (a composite likelihood: Varin, Reid & Firth, 2011).
+The paper has w = 1. But a ranking of K trajectories, up to K (K − 1) / 2 pairs, says about as much
+as K − 1 pairs. So w = 2 / K (a composite likelihood: Varin, Reid & Firth, 2011).
 Thresholds inside a reward make L piecewise constant, so the posterior is sampled:
 
     from mh import pairs_of, preference_loss, sample_posterior
     force = [0.0, 0.2, 0.3, 1.5]  # in each of four trajectories
     pairs = pairs_of([[1, 2], [0, 3]])  # 1 and 2 are equally good, and better than 0 and 3
-    def log_likelihood(theta):  # θ (N, 2): from where on a touch counts, and is too hard
+    def log_likelihood(theta):  # θ (N, 2): the least force of a touch, and of a knock
         returns = 5.0 * (theta[:, :1] < force) - 5.0 * (theta[:, 1:] < force)
         return -preference_loss(returns, pairs, weights=2 / 4)
     posterior = sample_posterior(log_likelihood, centre=[1.0, 2.0], rng=0)
-    print(posterior.mean, posterior.interval(0.9), posterior.mixed)
+    theta = posterior.estimate(log_likelihood)
+    print(theta, posterior.interval(0.9), posterior.mixed)
     # For plots: arviz.convert_to_dataset({"theta": posterior.samples})
 """
 
@@ -56,17 +57,30 @@ class SamplerError(ValueError):
 
 @dataclass
 class Posterior:
-    """Draws of θ (C, S, P); the mean (P,), which is the estimate to use; R-hat (P,), ESS (P,)."""
+    """Draws of θ from C chains of S steps, and what says whether to trust them."""
 
-    samples: np.ndarray
-    mean: np.ndarray  # of log θ, so a geometric mean, for positive parameters
-    acceptance: float
-    rhat: np.ndarray
-    ess: np.ndarray
+    samples: np.ndarray  # (C, S, P)
+    mean: np.ndarray  # (P,), geometric for positive parameters
+    acceptance: float  # share of the steps in which θ moved
+    rhat: np.ndarray  # (P,)
+    ess: np.ndarray  # (P,)
 
     def interval(self, mass=0.9) -> np.ndarray:
         """(2, P): the central interval that holds `mass` of the draws."""
         return np.quantile(self.samples, [(1 - mass) / 2, (1 + mass) / 2], axis=(0, 1))
+
+    def estimate(self, log_likelihood, share=0.1) -> np.ndarray:
+        """One θ (P,): the mean of the `share` of the draws with the highest likelihood.
+
+        Thresholds split the posterior into modes, and the mean of all draws may lie between two.
+        """
+        draws = self.samples.reshape(-1, self.samples.shape[-1])
+        draws = draws[:: len(draws) // 1_000 + 1]
+        likelihood = log_likelihood(draws)
+        best = draws[likelihood >= np.quantile(likelihood, 1 - share)]
+        positive = (best > 0).all(axis=0)
+        mean = np.log(best, out=best.copy(), where=positive).mean(axis=0)
+        return np.exp(mean, out=mean, where=positive)
 
     @property
     def mixed(self) -> bool:
@@ -80,7 +94,8 @@ def sample_posterior(
 
     Where `positive` (by default centre > 0), log θ ~ N(log centre, prior_std²) a priori, else
     θ ~ N(centre, (prior_std max(1, |centre|))²). The first round of `steps` is burn-in, and so is
-    each later one that has not mixed; the last is returned. rng: Generator or seed. SamplerError.
+    each later one that has not mixed; the last is returned. rng: a Generator or a seed. Raises
+    SamplerError if no θ has a finite likelihood.
     """
     centre, rng = np.array(centre, dtype=float, ndmin=1), np.random.default_rng(rng)
     positive = np.broadcast_to(centre > 0 if positive is None else positive, centre.shape)
@@ -106,10 +121,8 @@ def sample_posterior(
     for number, length in enumerate(steps):
         z = metropolis(log_density, x, mean, covariance, length, rng)
         rhat, ess = rhat_ess(z)
-        mean, error = z.mean(axis=(0, 1)), z.std(axis=(0, 1)) / np.sqrt(ess + 1)
-        mean[np.abs(mean) < 3 * error] = 0.0  # what data say nothing about does not move by chance
         acceptance = float(np.diff(z, axis=1).any(axis=-1).mean())
-        posterior = Posterior(theta_of(z), theta_of(mean), acceptance, rhat, ess)
+        posterior = Posterior(theta_of(z), theta_of(z.mean(axis=(0, 1))), acceptance, rhat, ess)
         if number and posterior.mixed:
             break
         x, recent = z[:, -1], z[:, length // 2 :].reshape(-1, dim)
@@ -121,7 +134,8 @@ def metropolis(log_density, x, mean, covariance, steps, rng) -> np.ndarray:
     """Draws (C, steps, P) by Metropolis-Hastings from x (C, P).
 
     With u ~ U(0, 1) and ξ ~ N(0, covariance), x' = mean + √(1−u) (x − mean) + √u ξ is reversible
-    for N(mean, covariance) (Cotter et al., 2013), so the target's ratio to this normal decides.
+    for N(mean, covariance) (Cotter et al., 2013). So the chance to accept x' is w(x') / w(x), with
+    w the ratio of the target's density to this normal's.
     """
     root, draws = np.linalg.cholesky(covariance), np.empty((len(x), steps, x.shape[1]))
     y = np.linalg.solve(root, (x - mean).T).T  # standard normal where x is N(mean, covariance)

@@ -44,7 +44,9 @@ class State:
 
     step: int = 0  # environment steps lived
     changes: list[Change] = field(default_factory=list)  # of θ, the proposal first
-    D: list = field(default_factory=list)  # rankings: [numbers of K episodes, pairs of places]
+    D: list = field(
+        default_factory=list
+    )  # rankings: [K episodes' numbers, pairs of places in them]
     evaluations: list[dict] = field(default_factory=list)  # rows of metrics.csv
     pending: dict = field(default_factory=dict)  # step and losses of the evaluation under way
     features: list[np.ndarray] = field(default_factory=list)  # (T, F) of each episode lived
@@ -67,6 +69,7 @@ class Worker:
             # Only fork takes environments that are defined in a script or a notebook.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
             self.pool = ProcessPoolExecutor(1, context, _start, (make_env,))
+            self.pool.submit(os.getpid)  # starts the process now, before torch has threads
 
     def submit(self, function: Callable, *args) -> Future:
         """function(env, *args), as a Future."""
@@ -99,8 +102,8 @@ def ready(value) -> Future:
 
 
 class Run:
-    """The folder of a run. Each file is written beside its place, then renamed: a kill leaves the
-    old one or the new one. Only settings.json, checkpoint.pt and episodes/ are read back.
+    """The folder of a run. Each file is written under another name and renamed, so a kill leaves
+    the old one or the new one. Only settings.json, checkpoint.pt and episodes/ are read back.
 
     Raises ValueError for a folder that cannot be used. Nothing is written before `begin`.
     """
@@ -128,8 +131,8 @@ class Run:
     def begin(self, settings: dict, agent, buffer) -> tuple[State, Future | None]:
         """Writes the settings. Brings agent and buffer to the last checkpoint; returns the state
         there, and the episode that was to come next."""
-        (self.folder / "episodes").mkdir(parents=True, exist_ok=True)
-        self.settings = settings
+        # A second run that was started at the same time has made this folder: an error.
+        (self.folder / "episodes").mkdir(parents=True, exist_ok=bool(self.settings))
         self._write("settings.json", lambda f: f.write(json.dumps(settings, indent=2).encode()))
         if not self.saved:
             return State(), None
@@ -158,9 +161,9 @@ class Run:
         self.keep(coming, len(state.features))
         values = {**vars(state), "features": [], "changes": [astuple(x) for x in state.changes]}
         saved = {"state": values, "episodes": len(state.features), "agent": agent.state_dict()}
-        self._write("checkpoint.pt", lambda f: torch.save(saved, f))
         if state.pending:  # the policy that is being evaluated
             self._write("policy.pt", lambda f: torch.save(agent.greedy.state_dict(), f))
+        self._write("checkpoint.pt", lambda f: torch.save(saved, f))
         if r_theta:
             text = r_theta.reward.python(r_theta.theta)
             self._write("reward.py", lambda f: f.write(text.encode()))
@@ -259,6 +262,8 @@ def play(folder: str, gif: str | None, episodes: int) -> None:
         agent.greedy.load_state_dict(weights)
     except Exception as error:  # a damaged file makes json and torch raise almost anything
         raise ValueError(f"{folder} holds no policy to play: {error}") from None
+    if gif and (not gif.endswith(".gif") or Path(gif).exists() or episodes < 1):
+        raise ValueError(f"--gif {gif} must be a new file that ends in .gif, of 1 episode or more")
     if gif:
         try:
             from PIL import Image
@@ -274,7 +279,7 @@ def play(folder: str, gif: str | None, episodes: int) -> None:
         return act(obs)
 
     for number in range(episodes):
-        episode = rollout(env, act_and_film, seed=number)
+        episode = rollout(env, act_and_film, number, tuple(env.task.features))
         print(f"episode {number}: {'success' if episode.success else 'no success'}", flush=True)
     if gif:
         pictures = [Image.fromarray(f).resize((240, 240)).quantize(64) for f in frames[::2]]

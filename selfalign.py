@@ -11,9 +11,11 @@ agrees and the skill still fails, the LLM is asked what blocks it. `train` is th
 
 import argparse
 import copy
+import inspect
 import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -55,8 +57,8 @@ class Config:
     ranked: int = 48  # K, trajectories in one ranking
     beta: float = 0.9  # Boltzmann rationality
     disagree: float = 0.1  # share of T's pairs that R_θ may order otherwise
-    gain: float = 0.03  # by which a new θ must order more of D's pairs like the LLM
-    rising: float = 0.25  # success from which on a skill that improves is being learnt
+    gain: float = 0.03  # least rise of the share of D's pairs that θ orders like the LLM
+    alone: float = 0.66  # mean success of three evaluations from which on θ is left alone
     eval_every: int = 1_000  # steps
     eval_episodes: int = 20
     explore: int = 1_000  # steps of uniform random actions first
@@ -70,9 +72,12 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            least = 0 if f.name in ("seed", "explore") else 1
-            if f.type is int and getattr(self, f.name) < least:
-                raise ValueError(f"--{f.name.replace('_', '-')} must be at least {least}")
+            least = {"seed": 0, "explore": 0, "ranked": 2, "gain": -1, "disagree": -1}
+            least = least.get(f.name, 1 if f.type is int else 0)
+            if f.type in (int, float) and not least <= getattr(self, f.name) < 2**63:
+                raise ValueError(f"--{f.name.replace('_', '-')} must be a number from {least} on")
+        if not isinstance(self.llm_options, dict):
+            raise ValueError("--llm-options must be a JSON object")
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -80,7 +85,7 @@ class Config:
 
 
 PIXELS = {"lr": 6e-4, "batch": 64}  # Config's defaults for --obs pixels
-EPISODES, EVALUATIONS, UPDATES, RANKINGS = range(4)  # what chance is drawn for
+EPISODES, EVALUATIONS, UPDATES, RANKINGS = range(4)  # the purpose of a random stream
 ANALYSED = 12  # trajectories shown in a failure analysis
 
 
@@ -95,7 +100,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             every 10,000 steps, unless the skill is being learnt:            being_learnt
                 T ← K trajectories of the last period                        update_theta, choose
                 rank T by the LLM; D ← D ∪ its pairs                         LLM.ask, pairs_of
-                if R_θ ranks T otherwise: θ ← p(θ | D)                       align
+                if R_θ ranks T otherwise: θ ← p(θ | D), if that is better    align
                 else: θ ← what the LLM says blocks the skill                 unblock
                 relabel the whole buffer with the new R_θ                    ReplayBuffer.relabel
 
@@ -111,7 +116,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
     shapes = env.observation_space.shape, env.action_space.shape
     agent = DrQV2(*shapes, c.device, c.lr, c.hidden, c.saturation, c.average, screen.STRIDES)
     buffer = ReplayBuffer(2 * c.steps + limit, *shapes, len(names), discount=task.discount)
-    simulator, examiner = Worker(make_env, c.workers), Worker(make_env, c.workers)
+    simulator, evaluator = Worker(make_env, c.workers), Worker(make_env, c.workers)
 
     def live_next():
         network = frozen(agent.explorer) if state.step >= c.explore else None
@@ -120,16 +125,18 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
 
     def evaluate_now():
         key = [c.seed, EVALUATIONS, state.step]
-        return examiner.submit(evaluate, frozen(agent.greedy), key, c.eval_episodes, names, limit)
+        return evaluator.submit(evaluate, frozen(agent.greedy), key, c.eval_episodes, names, limit)
 
-    def passed(every):
+    def crossed(every):
         return state.step // every > before // every
 
     # R_θ ← the LLM proposes a reward
-    given = c.proposal and not run.saved and propose(llm, task, random_features, c.proposal)
+    proposal = None
+    if c.proposal and not run.saved:
+        proposal = propose(llm, task, random_features, c.proposal)
     state, coming = run.begin(asdict(c), agent, buffer)  # a resumed run: where it stood
     if c.reward != "sparse" and not state.changes:
-        state.changes.append(given or propose(llm, task, random_features))
+        state.changes.append(proposal or propose(llm, task, random_features))
     r_theta = critic_reward(task, state, buffer, random_features)
     coming, pending = coming or live_next(), state.pending and evaluate_now()
     while state.step < c.steps and not state.learnt:
@@ -148,12 +155,13 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             losses = agent.update(buffer.sample(c.batch, rng), std, generator)
 
         # every 1,000 steps: evaluate; stop when all 20 episodes succeed, twice in a row
-        if pending and passed(c.eval_every):
+        if pending and crossed(c.eval_every):
             pending = run.evaluated(state, pending.result(), r_theta)
 
         # every 10,000 steps, unless the skill is being learnt: a new θ
         change = None
-        if update and passed(c.update_every) and not being_learnt(state.successes, c):
+        updating = update and crossed(c.update_every) and not state.learnt
+        if updating and not being_learnt(state.successes, c):
             rng = np.random.default_rng([c.seed, RANKINGS, state.step])
             change = update(llm, task, state, c, rng)
             state.changes += [change] if change else []
@@ -161,7 +169,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             # relabel the whole buffer with the new R_θ
             r_theta = critic_reward(task, state, buffer, random_features)
 
-        if before >= c.explore and passed(c.eval_every) and not state.learnt:
+        if before >= c.explore and crossed(c.eval_every) and not state.learnt:
             state.pending, pending = {"step": state.step, **losses}, evaluate_now()
             run.checkpoint(state, agent, r_theta, coming.result())
     if pending:
@@ -185,7 +193,7 @@ def live(env, network: bytes | None, std: float, key: list, names: tuple, limit:
     rng = np.random.default_rng(key)
 
     def uniform(obs):
-        return rng.uniform(-1.0, 1.0, env.action_space.shape)
+        return rng.uniform(-1.0, 1.0, env.action_space.shape).astype(np.float32)
 
     act = policy(pickle.loads(network), std, rng) if network else uniform
     return rollout(env, act, int(rng.integers(2**31)), names, limit)
@@ -198,13 +206,12 @@ def evaluate(env, network: bytes, key: list, episodes: int, names: tuple, limit:
 
 
 def being_learnt(successes: list[float], c: Config) -> bool:
-    """Whether θ is best left alone: success is above `c.rising` and higher than ever before."""
-    lately = np.mean(successes[-3:]) if successes else 0.0
-    return lately > max([c.rising, *successes[:-3]])
+    """Whether the last three evaluations succeed so often that a new θ would rather disturb."""
+    return len(successes) > 0 and np.mean(successes[-3:]) >= c.alone
 
 
 def critic_reward(task, state: State, buffer: ReplayBuffer, random_features) -> RTheta | None:
-    """R_θ as the critic sees it, in the whole buffer too. None for the sparse reward."""
+    """Makes R_θ as the critic sees it and relabels the buffer. None for the sparse reward."""
     if not state.changes:
         return None
     now = state.changes[-1]
@@ -247,7 +254,7 @@ def update_theta(llm: LLM, task, state: State, c: Config, rng) -> Change | None:
     ranking = [[label - 1 for label in group] for group in ranking]
     pairs = pairs_of(ranking)
     state.D.append([numbers, pairs.tolist()])
-    # if R_θ ranks T otherwise: θ ← p(θ | D)
+    # if R_θ ranks T otherwise: θ ← p(θ | D), if that is better
     returns = reward.returns(T)(now.theta)
     wrong = float(discordance(returns, pairs))
     screen.show_ranking(ranking, returns, len(pairs), wrong)
@@ -267,9 +274,8 @@ def choose(reward: Reward, state: State, c: Config, rng) -> list[int]:
 
 
 def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
-    """θ ← the mean of those tenth of the draws from p(θ | D) that explain D best, see mh.py.
+    """θ ← p(θ | D) by Metropolis-Hastings, see mh.py and `Posterior.estimate`.
 
-    Thresholds split p(θ | D) into modes, and the mean of all draws may lie between two of them.
     None unless the new θ orders more of D's pairs like the LLM than the present one does.
     """
     now = state.changes[-1]
@@ -278,7 +284,7 @@ def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
     starts = np.cumsum([0, *sizes])
     rankings = [np.array(pairs, int).reshape(-1, 2) for _, pairs in state.D]
     pairs = np.concatenate([pairs + start for pairs, start in zip(rankings, starts)])
-    # A ranking of K is about K − 1 facts, so its pairs weigh 2 / K.
+    # A ranking of K says about as much as K − 1 pairs, so its pairs weigh 2 / K.
     weights = np.repeat([2 / size for size in sizes], [len(pairs) for pairs in rankings])
 
     def log_likelihood(theta):
@@ -292,11 +298,7 @@ def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
     except SamplerError as error:
         print(f"\n  No posterior: {error}", flush=True)
         return None
-    draws = posterior.samples.reshape(-1, len(now.prior))
-    draws = draws[:: len(draws) // 1_000 + 1]
-    likelihood = log_likelihood(draws)
-    best = draws[likelihood >= np.quantile(likelihood, 0.9)]
-    theta = dict(zip(now.prior, np.exp(np.log(best).mean(axis=0)).tolist()))
+    theta = dict(zip(now.prior, posterior.estimate(log_likelihood).tolist()))
     gain = float(discordance(R(now.theta), pairs) - discordance(R(theta), pairs))
     taken = gain > c.gain
     screen.show_posterior(posterior, now.theta, theta, gain, taken)
@@ -333,10 +335,12 @@ def unblock(llm: LLM, task, reward: Reward, state: State, T: list, wrong: float)
     except LLMError as error:
         print(f"\n  No analysis: {error}\n", flush=True)
         return None
+    # A value that the LLM repeats, rounded as it was shown, is no change.
+    params = {name: v for name, v in params.items() if not np.isclose(v, now.theta[name], 1e-2)}
     screen.show_analysis(blocked_by, now.theta, params)
-    theta = {**now.theta, **params}
-    if theta == now.theta:
+    if not params:
         return None
+    theta = {**now.theta, **params}
     return Change(state.step, "analysis", now.source, theta, {**now.prior, **params})
 
 
@@ -355,6 +359,7 @@ def read_flags() -> tuple[argparse.Namespace, dict]:
     """The command line, and the fields of Config that it gives."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    notes = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(Config)))
     choices = {
         "task": TASKS,
         "reward": ("selfalign", "fixed", "sparse"),
@@ -362,8 +367,9 @@ def read_flags() -> tuple[argparse.Namespace, dict]:
     }
     for f in fields(Config):
         flag, kind = "--" + f.name.replace("_", "-"), JSON if f.type in (bool, dict) else f.type
-        show = {"choices": choices.get(f.name), "help": f"default: {f.default}"}
-        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, **show)
+        default = "{}" if f.type is dict else f.default
+        words = {"choices": choices.get(f.name), "help": f"{notes.get(f.name, '')} ({default})"}
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, **words)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--play", metavar="RUN", help="show the policy of the run in this folder")
     parser.add_argument("--gif", metavar="FILE", help="with --play: save a moving picture")
@@ -372,7 +378,7 @@ def read_flags() -> tuple[argparse.Namespace, dict]:
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     fixed = set(given) - {"steps", "device", "llm", "model", "llm_options", "workers"}
     if given and args.play or fixed and args.resume:
-        parser.error(f"--{min(fixed or given)} comes from the run's folder: leave it out")
+        parser.error(f"--{min(fixed or given)} cannot change in an existing run: leave it out")
     return args, given
 
 
@@ -388,7 +394,7 @@ def choose_llm(c: Config, run: Run) -> LLM:
         backend, words = Manual(), "you: paste the answers at the prompt"
     elif c.llm == "offline":
         backend, words = StandIn(), "offline stand-in: scripted answers, NOT a language model"
-    elif c.llm.startswith("replay:"):
+    elif c.llm.startswith("replay:") and c.llm != "replay:":
         backend, replay = None, c.llm.removeprefix("replay:")
         words = f"none: answers come from {replay}"
     else:

@@ -69,9 +69,9 @@ def read_attempts(text: str) -> dict[int, dict]:
 def read_attempt(body: str) -> dict:
     """One description.
 
-    fulfils: bool. readings: (first, lowest, highest) by feature. steps, run: by condition, in how
-    many steps it held and its longest run before a limit was broken. excess: how far a limit was
-    broken at worst, from 1 on; 0 when none was.
+    fulfils: bool. readings: (first, lowest, highest) by feature. steps, run: by condition, the
+    share of steps in which it held, and its longest run before a limit was broken. excess: the
+    worst reading of a limit as a multiple of it; 0 if all were kept.
     """
     readings, steps, run, excess = {}, {}, {}, [0.0]
     for name, first, low, high in re.findall(
@@ -79,11 +79,12 @@ def read_attempt(body: str) -> dict:
     ):
         readings[name] = float(first), float(low), float(high)
     for condition, held, rest in re.findall(
-        r"^ +(\w+ [<>]=? .*?): (\d+) of \d+ steps(.*)$", body, re.MULTILINE
+        r"^ +(\w+ [<>]=? .*?): (\d+ of \d+) steps(.*)$", body, re.MULTILINE
     ):
         longest = re.search(r"longest run (\d+)", rest)
         before = re.search(r", (\d+) before a limit broke", rest) or longest
-        steps[condition], run[condition] = int(held), int(before[1]) if before else 0
+        steps[condition] = int(held.split()[0]) / int(held.split()[-1])
+        run[condition] = int(before[1]) if before else 0
     for limit, worst in re.findall(
         r"^ +limit \w+ [<>]=? (\S+): broken .* (?:highest|lowest) reading (\S+)$",
         body,
@@ -97,11 +98,11 @@ def read_attempt(body: str) -> dict:
 
 
 def score(attempt: dict, steps: int) -> float:
-    """How far an attempt gets: 1 for each stage reached, 1 more for keeping up the last one.
+    """How far an attempt gets: 1 for each stage reached, and up to 1 for staying in the last one.
 
     A stage that is not reached counts by the share of the way to it, and ends the count. Success
-    adds 2, and up to 0.5 for keeping it up. An attempt that breaks a limit stays below all that
-    come near without breaking one.
+    adds 2, and up to 0.5 for lasting. An attempt that breaks a limit stays below all that come near
+    without breaking one.
     """
     stages = {stage: stage.split(" and ") for stage in attempt["run"]}
     first, goal = list(stages)[0], list(stages)[-1]
@@ -113,7 +114,7 @@ def score(attempt: dict, steps: int) -> float:
             total += np.mean([way(attempt["readings"], condition) for condition in conditions])
             break
         total += 1.0
-    return float(total + attempt["fulfils"] * (2 + 0.5 * attempt["steps"][goal] / 50))
+    return float(total + attempt["fulfils"] * (2 + 0.5 * attempt["steps"][goal]))
 
 
 def way(readings: dict, condition: str) -> float:

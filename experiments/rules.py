@@ -74,7 +74,7 @@ METHODS = {
     "selfalign": (update_theta, {}),
     "fixed": (None, {"reward": "fixed"}),
     "sparse": (None, {"reward": "sparse"}),
-    "never-left-alone": (update_theta, {"rising": 2.0}),
+    "never-left-alone": (update_theta, {"alone": 2.0}),
     "gain-0": (update_theta, {"gain": 0.0}),
     "gain-0.10": (update_theta, {"gain": 0.1}),
     "average-1": (update_theta, {"average": 1.0}),

@@ -255,7 +255,8 @@ def main():
         with Client(**how) as client:
             failed = run_jobs(client, jobs, folder)
     collect(args.study, jobs, folder, RESULTS)
-    print(table(RESULTS / f"{args.study}.csv"))
+    if (RESULTS / f"{args.study}.csv").exists():
+        print(table(RESULTS / f"{args.study}.csv"))
     sys.exit(f"{failed} runs failed; the same command tries them again" if failed else 0)
 
 

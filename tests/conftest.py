@@ -91,7 +91,7 @@ SMALL = dict(
     noise_steps=500,
     batch=16,
     hidden=16,
-    rising=1.0,
+    alone=2.0,
     llm="offline",
 )
 

@@ -22,7 +22,7 @@ from llm import Reply  # noqa: E402
 from standin import StandIn  # noqa: E402
 
 TINY = dict(steps=400, update_every=200, ranked=4, eval_every=100, eval_episodes=1, explore=100)
-TINY.update(batch=16, hidden=16, rising=1.0, disagree=-1.0, gain=-1.0)
+TINY.update(batch=16, hidden=16, alone=2.0, disagree=-1.0, gain=-1.0)
 KEPT = {**TINY, "gain": 1.0}  # θ never changes
 HERE = dict(threads_per_worker=1, dashboard_address=None)
 JOBS = [study.job("touch", method, 1, **TINY) for method in ("selfalign", "fixed", "sparse")]

@@ -25,7 +25,7 @@ def z_of(posterior, centre=1.0):
 def test_docstring_example(tmp_path):
     shutil.copy(mh.__file__, tmp_path)
     example = textwrap.dedent(mh.__doc__[mh.__doc__.index("    from mh import") :])
-    example += "\nassert posterior.mixed and posterior.mean[0] < 0.9 and posterior.mean[1] > 1"
+    example += "\nassert posterior.mixed and theta[0] < 0.2 and 0.3 < theta[1] < 1.5"
     example += "\nimport mh; print(mh.__file__)"
     run, environment = [sys.executable, "-c", example], os.environ | {"PYTHONPATH": ""}
     out = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -73,8 +73,7 @@ def test_flat_likelihood_gives_the_prior():
     assert posterior.mixed
     np.testing.assert_allclose(z_of(posterior, 2.0).std(axis=(0, 1)), 1, rtol=0.15)
     np.testing.assert_allclose(posterior.interval(0.9).mean(axis=1), [0.2, 19.6], rtol=0.1)
-    # Parameters that the data say nothing about keep the centre, to the digit.
-    np.testing.assert_allclose(posterior.mean, 2.0, rtol=1e-12)
+    np.testing.assert_allclose(posterior.mean, 2.0, rtol=0.2)
 
 
 def test_known_mean_is_geometric():
@@ -83,9 +82,21 @@ def test_known_mean_is_geometric():
         return -0.5 * (np.log(theta[:, 0] / 9) / LOG4) ** 2
 
     posterior = sample_posterior(log_likelihood, [1.0, 1.0], rng=0)
-    np.testing.assert_allclose(posterior.mean, [3.0, 1.0], rtol=0.1)
-    assert posterior.mean[1] == 1
+    np.testing.assert_allclose(posterior.mean, [3.0, 1.0], rtol=0.15)
     assert z_of(posterior)[..., 0].std() == pytest.approx(math.sqrt(0.5), rel=0.1)
+
+
+def test_estimate_lies_in_a_mode():
+    # Good below 0.1, worse above, and bad between 0.3 and 3: the mean of all draws lies there.
+    def log_likelihood(theta):
+        x = theta[:, 0]
+        return np.select([x < 0.1, x < 0.3, x < 3.0], [0.0, -1.0, -9.0], -1.0)
+
+    posterior = sample_posterior(log_likelihood, [1.0], rng=0)
+    assert 0.1 < posterior.mean[0] < 3.0
+    assert posterior.estimate(log_likelihood)[0] < 0.1
+    wide = posterior.estimate(log_likelihood, share=1.0)
+    np.testing.assert_allclose(wide, posterior.mean, rtol=0.1)
 
 
 def test_real_parameters():
@@ -97,7 +108,9 @@ def test_real_parameters():
     posterior = sample_posterior(flat, [3.0, -0.5, 0.0, 1.0], 1.5, rng=1, positive=signs)
     draws = posterior.samples
     np.testing.assert_allclose(draws.std(axis=(0, 1))[:3], [4.5, 1.5, 1.5], rtol=0.15)
-    np.testing.assert_allclose(posterior.mean, [3.0, -0.5, 0.0, 1.0])
+    np.testing.assert_allclose(posterior.mean, [3.0, -0.5, 0.0, 1.0], atol=0.5)
+    estimate = posterior.estimate(flat)  # all draws are as likely
+    np.testing.assert_allclose(estimate, posterior.mean, atol=0.3)
     assert draws[..., 3].min() > 0 and np.log(draws[..., 3]).std() == pytest.approx(1.5, rel=0.15)
     default = sample_posterior(flat, [-0.5, 1.0], rng=1)
     assert default.samples[..., 0].min() < -0.5 and default.samples[..., 1].min() > 0

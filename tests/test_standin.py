@@ -43,7 +43,7 @@ def test_descriptions_are_read():
     attempts = read_attempts(rank_question(TOUCH, [done, rough]))
     assert attempts[1]["fulfils"] and not attempts[2]["fulfils"]
     assert attempts[1]["run"] == {"hand_to_block <= 0.05": 20, "contact_force > 0.01": 15}
-    assert attempts[1]["steps"]["contact_force > 0.01"] == 15 and attempts[1]["excess"] == 0
+    assert attempts[1]["steps"]["contact_force > 0.01"] == 15 / 50 and attempts[1]["excess"] == 0
     assert attempts[1]["readings"]["contact_force"] == (0.0, 0.0, 0.1)
     # A run ends where a limit is broken.
     assert attempts[2]["run"] == {"hand_to_block <= 0.05": 5, "contact_force > 0.01": 0}

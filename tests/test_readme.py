@@ -1,0 +1,47 @@
+"""What README and RESULTS.md show is what the repository does and holds."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert len(links) > 15
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_an_environment_of_ones_own(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = next(block for block in blocks if "class PointMass" in block)
+    assert "Config(steps=20_000, proposal=" in example
+    small = {**SMALL, "steps": 400, "update_every": 200}
+    example = example.replace("Config(steps=20_000,", f"Config(**{small},")
+    monkeypatch.chdir(tmp_path)
+    exec(example, {"__name__": "__main__"})
+    left = {path.name for path in (tmp_path / "runs" / "brake").iterdir()}
+    assert left >= {"metrics.csv", "theta.csv", "policy.pt", "reward.py", "llm.jsonl"}
+
+
+def test_copied_names_exist():
+    for module, names in re.findall(r"^from (\w+) import ([\w, ]+?) +#", README, re.MULTILINE):
+        __import__(module)
+        missing = [name for name in names.split(", ") if not hasattr(sys.modules[module], name)]
+        assert missing == []
+
+
+@pytest.mark.parametrize("study", ["methods", "proposals"])
+def test_tables_come_from_their_csv(study):
+    results = ROOT / "experiments" / "results" / f"{study}.csv"
+    if not results.exists():
+        pytest.skip(f"{study} was not measured")
+    sys.path.insert(0, str(ROOT / "experiments"))
+    from study import table
+
+    assert table(results) in (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
