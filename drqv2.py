@@ -119,7 +119,7 @@ def linear_schedule(step: float, start: float, end: float, duration: float) -> f
 def random_shift(images: torch.Tensor, generator: torch.Generator, pad: int = 4) -> torch.Tensor:
     """Shifts each image of (B, C, H, H) by up to ±`pad` whole pixels, edges repeated.
 
-    The authors draw the same shifts and interpolate, although nothing lies between whole pixels.
+    The authors also interpolate, which changes nothing, because the shifts are whole pixels.
     A gather copies each byte once. Returns the same shape and type, channels last in memory.
     """
     B, H, device = len(images), images.shape[-1], images.device
@@ -302,7 +302,7 @@ class ReplayBuffer:
         self.age = np.zeros(capacity, int)  # steps since the episode began
         self.left = np.zeros(capacity, int)  # steps until it ends
         self.terminal = np.zeros(capacity, bool)  # it ended here for good
-        self.starts = np.zeros(0, int)  # rows to sample: those that an action leaves
+        self.starts = np.zeros(0, int)  # rows in which an action was taken
 
     def add(self, episode: Episode, reward: np.ndarray) -> None:
         """Stores an episode with the rewards (T,) to learn from, in place of the oldest rows.
@@ -322,7 +322,7 @@ class ReplayBuffer:
         self.age[rows], self.left[rows] = np.arange(T + 1), np.arange(T, -1, -1)
         self.terminal[rows], self.terminal[rows[-1]] = False, episode.terminated
         self.rows += T + 1
-        # The oldest rows left may lack the frames before them.
+        # The oldest remaining rows may lack the frames before them.
         self.left[(self.rows + np.arange(self.frames - 1)) % self.capacity] = 0
         self.starts = np.flatnonzero(self.left)
 

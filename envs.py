@@ -34,7 +34,7 @@ import pybullet_data
 SUBSTEPS = 12  # of physics, at 240 Hz, in a control step
 DT = SUBSTEPS / 240.0  # s per control step
 EPISODE_STEPS = 50
-LONGEST_EPISODE = 10  # that check_env accepts, in units of the task's horizon
+LONGEST_EPISODE = 10  # check_env refuses episodes of more horizons than this
 # The arm is compliant, like a real one in impedance mode: its motors pull the hand towards a target
 # just ahead of it, with capped torques. Gravity acts on the block alone, as if the arm's controller
 # compensated for the arm's weight.
@@ -86,11 +86,11 @@ class Task:
     stages: tuple = ()  # conditions on the way to success, to describe trajectories
     limits: tuple = ()  # conditions that fail the episode
     robot: str = "a robot"  # what is there, for the prompts
-    details: str = "."  # the end of that sentence, and what else a reward's author should know
+    details: str = "."  # text that follows `robot` in the prompt that asks for a reward
     dt: float = DT  # s per step
     horizon: int = EPISODE_STEPS  # steps per episode
     discount: float = 0.97  # of the return that the agent maximises
-    start: Callable | None = None  # PandaEnv: draws `options` of reset by a generator's `uniform`
+    start: Callable | None = None  # PandaEnv: maps rng.uniform to reset's `options`
     opens: bool = False  # PandaEnv: the gripper starts open and obeys actions, else it stays closed
 
     def __post_init__(self):
@@ -249,7 +249,7 @@ class PandaEnv:
         functions = inspect.getmembers(pybullet, inspect.isbuiltin)
         bound = {name: partial(call, physicsClientId=client) for name, call in functions}
         self._sim = SimpleNamespace(**bound)
-        # Ends this simulation once; PyBullet then gives the client's number to another one.
+        # Disconnects only once, because PyBullet gives the number to another client then.
         self._end = weakref.finalize(self, self._sim.disconnect)
         self._build()
 

@@ -67,8 +67,8 @@ def prompt(name: str, **values) -> str:
 class LLM:
     """Asks a backend, repairs answers that cannot be used, and keeps a transcript.
 
-    transcript: file of one JSON line per exchange, made at the first exchange. What it already
-    answers is not asked again. replay: the transcript of another run, in the backend's place.
+    transcript: file of one JSON line per exchange, made at the first exchange. Questions that
+    it holds are answered from it. replay: the transcript of another run, in the backend's place.
     Raises LLMError for a file that is no transcript.
     """
 
@@ -165,7 +165,7 @@ class LLM:
 def _read_transcript(path, errors: bool, lines_only: bool) -> tuple[dict, int]:
     """({texts of a conversation: its records in order}, size of the file's whole lines).
 
-    errors: whether failed exchanges count. lines_only: leave out a last line without its end.
+    errors: whether failed exchanges count. lines_only: ignore a last line without newline.
     """
     found, talk, answer = {}, (), ""
     try:
@@ -206,7 +206,7 @@ CURES = {
     403: "set OPENAI_API_KEY to a key with access to --model",
     404: "check --model, and OPENAI_BASE_URL, which often ends in /v1",
 }
-# How an answer may end (finish_reason), and what stands before it.
+# How an answer may end (finish_reason), and the marks that end a model's thoughts.
 NORMAL = "|stop|eos|eos_token|end|end_turn|stop_sequence|completed?|tool_calls|function_call"
 CUT = "length|max|limit|incomplete"
 WITHHELD = "filter|safety|sensitive|block|prohibit|recitation|refus|guard"
@@ -218,7 +218,7 @@ class Chat:
 
     options: more fields of every request, such as {"max_tokens": 4096}. seconds: the time for one
     question with its repairs and pauses. The key, OPENAI_API_KEY, stands in the header alone.
-    Raises LLMError for what no pause helps, Busy for what may pass, UnusableReply for the rest.
+    Raises LLMError for lasting faults, Busy for passing ones, UnusableReply for useless answers.
     """
 
     def __init__(self, model: str | None, options: dict | None = None, seconds: float = 1200):

@@ -50,8 +50,9 @@ def _is_heading(node):
 class _Checked:
     """A function within the language, and the edits that give its text numpy's meaning.
 
-    Where only Python's own numbers meet, the first becomes np.float64(...), since Python's 1 / 0
-    is not numpy's. So does a condition used as a number, since numpy's sum of two means "or".
+    Python raises an error for 1 / 0, where numpy gives infinity. So where both operands are
+    Python's numbers, the first is wrapped in np.float64(...). A condition used as a number is
+    wrapped too, because numpy's sum of two conditions means "or".
     """
 
     def __init__(self, source, inputs):
@@ -204,9 +205,9 @@ class Reward:
 class RTheta:
     """r_θ(f) as the critic sees it: the total less `centre`, within ±BOUND, and 0 for NaN.
 
-    The critic starts at 0: were all rewards above it, what has been tried would look better than
-    what has not. So the mean of random behaviour, `random_features` (N, F), is taken off. Give
-    none where episodes terminate: a constant changes which policy is best there.
+    The critic starts at 0. If all rewards were positive, tried actions would look better than
+    untried ones. So the mean of random behaviour, `random_features` (N, F), is subtracted. Give
+    none if episodes terminate, because then a constant changes which policy is best.
     """
 
     def __init__(self, reward: Reward, theta: dict, random_features: np.ndarray | None = None):

@@ -42,9 +42,9 @@ class Config:
     """Every number of the loop. Every field is a flag of the command line."""
 
     task: str = "touch"  # one of envs.TASKS
-    reward: str = "selfalign"  # or fixed: the LLM's first reward; or sparse: 1 on success
-    obs: str = "state"  # or pixels
-    seed: int = 1
+    reward: str = "selfalign"  # selfalign; fixed: the LLM's first reward; sparse: 1 on success
+    obs: str = "state"  # state or pixels
+    seed: int = 1  # of every random draw
     steps: int = 60_000  # environment steps, at most
     device: str = "cpu"  # of the networks; simulation stays on the CPU
     llm: str = "auto"  # auto, chat, offline, manual or replay:FILE
@@ -56,16 +56,16 @@ class Config:
     update_every: int = 10_000  # steps between two updates of θ: a period
     ranked: int = 48  # K, trajectories in one ranking
     beta: float = 0.9  # Boltzmann rationality
-    disagree: float = 0.1  # share of T's pairs that R_θ may order otherwise
+    disagree: float = 0.1  # R_θ may contradict this share of the ranked pairs
     gain: float = 0.03  # least rise of the share of D's pairs that θ orders like the LLM
     alone: float = 0.66  # mean success of three evaluations from which on θ is left alone
-    eval_every: int = 1_000  # steps
-    eval_episodes: int = 20
+    eval_every: int = 1_000  # steps between two evaluations
+    eval_episodes: int = 20  # in one evaluation
     explore: int = 1_000  # steps of uniform random actions first
     noise_end: float = 0.1  # standard deviation of the exploration noise; it starts at 1
     noise_steps: int = 10_000  # ... and falls linearly over these steps
-    batch: int = 128
-    lr: float = 1e-3
+    batch: int = 128  # transitions in one update
+    lr: float = 1e-3  # Adam's
     hidden: int = 256  # width of actor and critics
     saturation: float = 0.01  # see DrQV2
     average: float = 0.005  # see DrQV2
