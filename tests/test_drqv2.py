@@ -171,8 +171,22 @@ def test_rollout(terminated):
     np.testing.assert_array_equal(pixels.obs, np.arange(5)[:, None, None, None] + 0 * pixels.obs)
 
 
+def test_an_env_that_changes_its_action():
+    class Scales(Line):
+        def step(self, action):
+            action *= 5
+            return super().step(action)
+
+    episode = rollout(Scales(), act, seed=7)
+    np.testing.assert_array_equal(episode.action, np.arange(4)[:, None] / 8 - 0.5)
+
+
 BAD = ({"a": np.nan}, "features"), ({"b": np.inf}, "features"), ({"obs": np.nan}, "obs")
-BAD += ({"reward": -np.inf}, "reward"), ({"b": None}, r"info\['features'\].* lacks b$")
+BAD += (
+    ({"reward": -np.inf}, "reward"),
+    ({"reward": 1e39}, "single precision"),
+    ({"b": None}, r"info\['features'\].* lacks b$"),
+)
 BAD += (({"length": 6}, "more than 5 steps"),)
 
 

@@ -338,6 +338,7 @@ def test_check_env_takes_images_and_arrays_as_bounds(size):
         ({"first": np.zeros(2)}, "reset is float64"),
         ({"first": np.float32([0, math.inf])}, "reset holds NaN"),
         ({"obs": np.zeros((2, 1), np.float32)}, r"step 3 is float32 \(2, 1\)"),
+        ({"obs": [0.0, 0.0]}, "numpy array"),
         ({"obs": np.zeros(2, np.uint8)}, "step 3 is uint8"),
         ({"obs": np.float32([0, math.nan])}, "step 3 holds NaN"),
         ({"reward": math.nan}, "rewards"),

@@ -378,6 +378,31 @@ def test_date_to_wait_for(seconds, least, most, serve):
     assert answer == "RANKING: 1 > 2" and least <= pauses[0] <= most
 
 
+@pytest.mark.parametrize(
+    ("header", "text", "seconds"),
+    [
+        ("", "<html><body><h1>503 Service Unavailable</h1></body></html>", 0),
+        ("7", "<h1>503 Service Unavailable</h1>", 7),
+        ("", "Please try again in 1.5s", 1.5),
+        ("2", "try again in 9 seconds", 9),
+    ],
+)
+def test_waits_that_a_service_names(header, text, seconds):
+    assert llm._named_wait(header, text) == seconds
+
+
+def test_replay_of_a_run_that_was_resumed_after_an_error(tmp_path):
+    path, again = tmp_path / "llm.jsonl", tmp_path / "again.jsonl"
+
+    def broken(messages):
+        raise LLMError("HTTP 401")
+
+    with pytest.raises(LLMError):
+        LLM(broken, path).ask("rank", "Which?", str)
+    assert LLM(lambda messages: Reply("this"), path).ask("rank", "Which?", str) == "this"
+    assert LLM(None, again, replay=path).ask("rank", "Which?", str) == "this"
+
+
 def test_pauses_grow_until_the_time_is_up(serve):
     server = serve((503, {}, {"error": {"message": "loading model"}}))
     answer, pauses = ask(seconds=600)

@@ -114,3 +114,47 @@ def test_free_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a-2").mkdir()
     assert free_folder(str(tmp_path / "a")) == tmp_path / "a-3"
+
+
+def test_the_last_policy_survives_a_kill(go, tmp_path, monkeypatch):
+    go("a", steps=300)
+    (tmp_path / "a" / "policy.pt").unlink()
+    written = []
+    real = Run._write
+
+    def write(self, name, how):
+        written.append(name)
+        real(self, name, how)
+
+    monkeypatch.setattr(Run, "_write", write)
+    go("a", steps=500)
+    # Were checkpoint.pt first, a kill in between would leave the run without its policy.
+    assert written.index("policy.pt") < written.index("checkpoint.pt")
+
+
+def test_two_runs_started_together_do_not_share_a_folder(tmp_path):
+    first, second = Run(tmp_path / "a"), Run(tmp_path / "a")
+    first.begin({"seed": 1}, None, None)
+    with pytest.raises(FileExistsError):
+        second.begin({"seed": 2}, None, None)
+    assert "1" in (tmp_path / "a" / "settings.json").read_text()
+
+
+def test_play_says_whether_the_task_succeeds(tmp_path, monkeypatch, capsys):
+    import json
+
+    import run as run_module
+    from drqv2 import DrQV2
+    from envs import PandaEnv
+
+    pytest.importorskip("PIL")
+    (tmp_path / "settings.json").write_text(
+        json.dumps({"task": "touch", "obs": "state", "hidden": 16})
+    )
+    agent = DrQV2((24,), (4,), hidden_dim=16)
+    torch.save(agent.greedy.state_dict(), tmp_path / "policy.pt")
+    monkeypatch.setattr(PandaEnv, "_judge", lambda self: (1.0, True))
+    run_module.play(str(tmp_path), str(tmp_path / "x.gif"), 1)
+    assert "episode 0: success" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="new file"):
+        run_module.play(str(tmp_path), str(tmp_path / "x.gif"), 1)
