@@ -226,6 +226,8 @@ class Chat:
         base = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
         if not model:
             raise LLMError("no model is named: add --model NAME, or --llm offline for the stand-in")
+        if not key and not service_is_set():
+            raise LLMError("no service is named: set OPENAI_API_KEY or OPENAI_BASE_URL")
         if not key.isascii() or not key.isprintable():
             raise LLMError("OPENAI_API_KEY holds characters that no key has: set it again")
         if not base.startswith(("http://", "https://")):

@@ -37,6 +37,10 @@ class Change:
     prior: dict[str, float]  # centre of the prior for the next update
     stats: dict[str, list] = field(default_factory=dict)
 
+    def __post_init__(self):  # plain numbers, as a checkpoint takes them
+        self.theta = {name: float(value) for name, value in self.theta.items()}
+        self.prior = {name: float(value) for name, value in self.prior.items()}
+
 
 @dataclass
 class State:
@@ -101,18 +105,22 @@ def ready(value) -> Future:
     return future
 
 
+class RunError(ValueError):
+    """The folder of a run cannot be used; the message says why."""
+
+
 class Run:
     """The folder of a run. Each file is written under another name and renamed, so a kill leaves
     the old one or the new one. Only settings.json, checkpoint.pt and episodes/ are read back.
 
-    Raises ValueError for a folder that cannot be used. Nothing is written before `begin`.
+    Raises RunError for a folder that cannot be used. Nothing is written before `begin`.
     """
 
     def __init__(self, folder: str | Path, resume: bool = False):
         self.folder, self.settings, self.saved = Path(folder), {}, None
         self.began = (time.monotonic(), 0)  # seconds, steps
         if not resume and self.folder.exists() and os.listdir(self.folder):
-            raise ValueError(f"{folder} is not empty: choose another --out, or --resume {folder}")
+            raise RunError(f"{folder} is not empty: choose another --out, or --resume {folder}")
         if resume:
             self._open()
 
@@ -124,28 +132,32 @@ class Run:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 self.saved = {name: saved[name] for name in ("state", "episodes", "agent")}
         except Exception as error:  # a damaged file makes json and torch raise almost anything
-            raise ValueError(f"{self.folder} holds no run to resume: {error}") from None
+            raise RunError(f"{self.folder} holds no run to resume: {error}") from None
         if not self.saved and (self.folder / "metrics.csv").exists():
-            raise ValueError(f"{path} is gone, so the run cannot resume; its tables stay")
+            raise RunError(f"{path} is gone, so the run cannot resume; its tables stay")
 
     def begin(self, settings: dict, agent, buffer) -> tuple[State, Future | None]:
         """Writes the settings. Brings agent and buffer to the last checkpoint; returns the state
         there, and the episode that was to come next."""
-        # A second run that was started at the same time has made this folder: an error.
+        state, coming = State(), None
+        if self.saved:
+            try:
+                state = State(**self.saved["state"])
+                state.changes = [Change(*change) for change in state.changes]
+                agent.load_state_dict(self.saved["agent"])
+                for number in range(self.saved["episodes"]):
+                    episode = self._episode(number)
+                    buffer.add(episode, episode.reward)
+                    state.features.append(episode.features)
+                coming = ready(self._episode(len(state.features)))
+            except Exception as error:  # a damaged file makes torch and numpy raise almost anything
+                raise RunError(f"{self.folder} cannot resume: {error}") from None
+            self.began = (time.monotonic(), state.step)
+            print(f"Continuing from the checkpoint at {state.step:,} steps.\n", flush=True)
+        # Where a second run that was started at the same time has made this folder: an error.
         (self.folder / "episodes").mkdir(parents=True, exist_ok=bool(self.settings))
         self._write("settings.json", lambda f: f.write(json.dumps(settings, indent=2).encode()))
-        if not self.saved:
-            return State(), None
-        state = State(**self.saved["state"])
-        state.changes = [Change(*change) for change in state.changes]
-        agent.load_state_dict(self.saved["agent"])
-        for number in range(self.saved["episodes"]):
-            episode = self._episode(number)
-            buffer.add(episode, episode.reward)
-            state.features.append(episode.features)
-        self.began = (time.monotonic(), state.step)
-        print(f"Continuing from the checkpoint at {state.step:,} steps.\n", flush=True)
-        return state, ready(self._episode(len(state.features)))
+        return state, coming
 
     def keep(self, episode: Episode, number: int) -> None:
         """Writes an episode as episodes/NUMBER.npz."""

@@ -33,7 +33,7 @@ from envs import LONGEST_EPISODE, TASKS, PandaEnv, check_env
 from llm import LLM, Chat, LLMError, Manual, ReplayError
 from mh import SamplerError, discordance, pairs_of, preference_loss, sample_posterior
 from reward import FUNCTIONS, Reward, RTheta
-from run import Change, Run, State, Worker
+from run import Change, Run, RunError, State, Worker
 from standin import StandIn
 
 
@@ -435,7 +435,7 @@ def main():
         steps = train(make_env, TASKS[c.task], llm, run, c, update)
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. Continue:  {resume}")
-    except (LLMError, ReplayError, FloatingPointError) as error:
+    except (LLMError, ReplayError, RunError, FloatingPointError) as error:
         sys.exit(f"\nselfalign: {error}")
     except (OSError, BrokenProcessPool) as error:
         sys.exit(f"\nselfalign: {error}. Continue:  {resume}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import Dot, Killed, Picture, contents
 
-from run import Run, free_folder
+from run import Change, Run, RunError, free_folder
 
 
 @pytest.mark.parametrize("make_env", [Dot, Picture])
@@ -158,3 +158,24 @@ def test_play_says_whether_the_task_succeeds(tmp_path, monkeypatch, capsys):
     assert "episode 0: success" in capsys.readouterr().out
     with pytest.raises(ValueError, match="new file"):
         run_module.play(str(tmp_path), str(tmp_path / "x.gif"), 1)
+
+
+def test_a_damaged_episode_is_named_and_nothing_is_written(go, tmp_path):
+    go("a", steps=300)
+    (tmp_path / "a" / "episodes" / "000003.npz").write_bytes(b"PK half")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match="cannot resume"):
+        go("a", steps=500)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_an_update_may_give_numpy_numbers(go, tmp_path):
+    import numpy as np
+
+    def update(llm, task, state, c, rng):
+        now = state.changes[-1]
+        theta = {name: np.float64(2 * value) for name, value in now.theta.items()}
+        return Change(state.step, "doubled", now.source, theta, theta)
+
+    go("a", steps=300, update=update)
+    assert Run(tmp_path / "a", resume=True).saved
