@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,19 +231,8 @@ def test_gymnasium(env, tmp_path):
     gymnasium = pytest.importorskip("gymnasium")
     from gymnasium.utils import env_checker
 
-    class GymPanda(gymnasium.Env):
-        metadata = PandaEnv.metadata
-
-        def __init__(self, task, **kwargs):
-            self.env = env = PandaEnv(task, **kwargs)
-            self.render_mode = env.render_mode
-            self.action_space = gymnasium.spaces.Box(*env.action_space)
-            self.observation_space = gymnasium.spaces.Box(*env.observation_space)
-            self.step, self.render, self.close = env.step, env.render, env.close
-
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            return self.env.reset(seed=seed, options=options)
+    sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+    from gym_panda import GymPanda
 
     wrapped = GymPanda(env.task, render_mode="rgb_array")
     env_checker.check_env(wrapped)
