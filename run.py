@@ -48,11 +48,9 @@ class State:
 
     step: int = 0  # environment steps lived
     changes: list[Change] = field(default_factory=list)  # of θ, the proposal first
-    D: list = field(
-        default_factory=list
-    )  # rankings: [K episodes' numbers, pairs of places in them]
+    D: list = field(default_factory=list)  # [K, pairs (better, worse) of episodes] by ranking
     evaluations: list[dict] = field(default_factory=list)  # rows of metrics.csv
-    pending: dict = field(default_factory=dict)  # step and losses of the evaluation under way
+    evaluating: dict = field(default_factory=dict)  # step and losses of the evaluation under way
     features: list[np.ndarray] = field(default_factory=list)  # (T, F) of each episode lived
 
     @property
@@ -139,7 +137,7 @@ class Run:
     def begin(self, settings: dict, agent, buffer) -> tuple[State, Future | None]:
         """Writes the settings. Brings agent and buffer to the last checkpoint; returns the state
         there, and the episode that was to come next."""
-        state, coming = State(), None
+        state, next_tau = State(), None
         if self.saved:
             try:
                 state = State(**self.saved["state"])
@@ -149,7 +147,7 @@ class Run:
                     episode = self._episode(number)
                     buffer.add(episode, episode.reward)
                     state.features.append(episode.features)
-                coming = ready(self._episode(len(state.features)))
+                next_tau = ready(self._episode(len(state.features)))
             except Exception as error:  # a damaged file makes torch and numpy raise almost anything
                 raise RunError(f"{self.folder} cannot resume: {error}") from None
             self.began = (time.monotonic(), state.step)
@@ -157,7 +155,7 @@ class Run:
         # Where a second run that was started at the same time has made this folder: an error.
         (self.folder / "episodes").mkdir(parents=True, exist_ok=bool(self.settings))
         self._write("settings.json", lambda f: f.write(json.dumps(settings, indent=2).encode()))
-        return state, coming
+        return state, next_tau
 
     def keep(self, episode: Episode, number: int) -> None:
         """Writes an episode as episodes/NUMBER.npz."""
@@ -168,12 +166,12 @@ class Run:
         with np.load(self.folder / f"episodes/{number:06}.npz", allow_pickle=False) as arrays:
             return Episode(**arrays)
 
-    def checkpoint(self, state: State, agent, r_theta, coming: Episode) -> None:
+    def checkpoint(self, state: State, agent, r_theta, next_tau: Episode) -> None:
         """Saves all that the run continues from, and the files that follow from it."""
-        self.keep(coming, len(state.features))
+        self.keep(next_tau, len(state.features))
         values = {**vars(state), "features": [], "changes": [astuple(x) for x in state.changes]}
         saved = {"state": values, "episodes": len(state.features), "agent": agent.state_dict()}
-        if state.pending:  # the policy that is being evaluated
+        if state.evaluating:  # the policy that is being evaluated
             self._write("policy.pt", lambda f: torch.save(agent.greedy.state_dict(), f))
         self._write("checkpoint.pt", lambda f: torch.save(saved, f))
         if r_theta:
@@ -208,7 +206,10 @@ class Run:
         returns = r_theta.reward.returns(features)(r_theta.theta) if r_theta else sparse
         values = {"success": success, "sparse": sparse, "return": returns}
         means = {name: float(np.mean(value)) for name, value in values.items()}
-        row, state.pending = {"step": state.pending.pop("step"), **means, **state.pending}, {}
+        row, state.evaluating = (
+            {"step": state.evaluating.pop("step"), **means, **state.evaluating},
+            {},
+        )
         state.evaluations.append(row)
         began, first = self.began
         speed = (state.step - first) / (time.monotonic() - began)

@@ -26,14 +26,37 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import llm as questions
-import run as screen
 from drqv2 import DrQV2, Episode, ReplayBuffer, linear_schedule, policy, rollout
 from envs import LONGEST_EPISODE, TASKS, PandaEnv, check_env
-from llm import LLM, Chat, LLMError, Manual, ReplayError
+from llm import (
+    LLM,
+    Chat,
+    LLMError,
+    Manual,
+    ReplayError,
+    analyse_question,
+    propose_question,
+    rank_question,
+    read_analysis,
+    read_code,
+    read_ranking,
+    service_is_set,
+)
 from mh import SamplerError, discordance, pairs_of, preference_loss, sample_posterior
 from reward import FUNCTIONS, Reward, RTheta
-from run import Change, Run, RunError, State, Worker
+from run import (
+    STRIDES,
+    Change,
+    Run,
+    RunError,
+    State,
+    Worker,
+    free_folder,
+    play,
+    show_analysis,
+    show_posterior,
+    show_ranking,
+)
 from standin import StandIn
 
 
@@ -114,7 +137,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
     random_features = check_env(env, task)
     torch.manual_seed(c.seed)
     shapes = env.observation_space.shape, env.action_space.shape
-    agent = DrQV2(*shapes, c.device, c.lr, c.hidden, c.saturation, c.average, screen.STRIDES)
+    agent = DrQV2(*shapes, c.device, c.lr, c.hidden, c.saturation, c.average, STRIDES)
     buffer = ReplayBuffer(2 * c.steps + limit, *shapes, len(names), discount=task.discount)
     simulator, evaluator = Worker(make_env, c.workers), Worker(make_env, c.workers)
 
@@ -134,19 +157,19 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
     proposal = None
     if c.proposal and not run.saved:
         proposal = propose(llm, task, random_features, c.proposal)
-    state, coming = run.begin(asdict(c), agent, buffer)  # a resumed run: where it stood
+    state, next_tau = run.begin(asdict(c), agent, buffer)  # a resumed run: where it stood
     if c.reward != "sparse" and not state.changes:
         state.changes.append(proposal or propose(llm, task, random_features))
     r_theta = critic_reward(task, state, buffer, random_features)
-    coming, pending = coming or live_next(), state.pending and evaluate_now()
+    next_tau, evaluation = next_tau or live_next(), state.evaluating and evaluate_now()
     while state.step < c.steps and not state.learnt:
         # live one episode τ with the policy; put it into the replay buffer with its rewards R_θ
-        tau, before, std = coming.result(), state.step, noise(state.step, c)
+        tau, before, std = next_tau.result(), state.step, noise(state.step, c)
         run.keep(tau, len(state.features))
         state.step += len(tau)
         state.features.append(tau.features)
         buffer.add(tau, r_theta(tau.features) if r_theta else tau.reward)
-        coming = live_next()
+        next_tau = live_next()
 
         # train DrQ-v2 on the buffer, one update for every second step
         rng = np.random.default_rng([c.seed, UPDATES, len(state.features)])
@@ -155,8 +178,8 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             losses = agent.update(buffer.sample(c.batch, rng), std, generator)
 
         # every 1,000 steps: evaluate; stop when all 20 episodes succeed, twice in a row
-        if pending and crossed(c.eval_every):
-            pending = run.evaluated(state, pending.result(), r_theta)
+        if evaluation and crossed(c.eval_every):
+            evaluation = run.evaluated(state, evaluation.result(), r_theta)
 
         # every 10,000 steps, unless the skill is being learnt: a new θ
         change = None
@@ -170,11 +193,11 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             r_theta = critic_reward(task, state, buffer, random_features)
 
         if before >= c.explore and crossed(c.eval_every) and not state.learnt:
-            state.pending, pending = {"step": state.step, **losses}, evaluate_now()
-            run.checkpoint(state, agent, r_theta, coming.result())
-    if pending:
-        run.evaluated(state, pending.result(), r_theta)
-    run.checkpoint(state, agent, r_theta, coming.result())
+            state.evaluating, evaluation = {"step": state.step, **losses}, evaluate_now()
+            run.checkpoint(state, agent, r_theta, next_tau.result())
+    if evaluation:
+        run.evaluated(state, evaluation.result(), r_theta)
+    run.checkpoint(state, agent, r_theta, next_tau.result())
     return state.evaluations[-2]["step"] if state.learnt else None
 
 
@@ -214,9 +237,9 @@ def critic_reward(task, state: State, buffer: ReplayBuffer, random_features) -> 
     """Makes R_θ as the critic sees it and relabels the buffer. None for the sparse reward."""
     if not state.changes:
         return None
-    now = state.changes[-1]
+    latest = state.changes[-1]
     centre_on = None if buffer.terminal.any() else random_features  # see RTheta
-    r_theta = RTheta(Reward(now.source, task.features), now.theta, centre_on)
+    r_theta = RTheta(Reward(latest.source, task.features), latest.theta, centre_on)
     buffer.relabel(r_theta)
     return r_theta
 
@@ -225,12 +248,12 @@ def propose(llm: LLM, task, random_features: np.ndarray, path: str = "") -> Chan
     """The first θ, from the LLM or from a file. What cannot be used goes back to the LLM."""
 
     def parse(text):
-        reward = Reward(questions.read_code(text), task.features)
+        reward = Reward(read_code(text), task.features)
         reward.check(reward.named(random_features))
         return Change(0, "proposal", reward.source, reward.params, reward.params)
 
     if not path:
-        return llm.ask("propose", questions.propose_question(task, FUNCTIONS), parse)
+        return llm.ask("propose", propose_question(task, FUNCTIONS), parse)
     try:
         return parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -239,25 +262,25 @@ def propose(llm: LLM, task, random_features: np.ndarray, path: str = "") -> Chan
 
 def update_theta(llm: LLM, task, state: State, c: Config, rng) -> Change | None:
     """One update of θ; None leaves it as it is. Adds the ranking to state.D."""
-    now = state.changes[-1]
-    reward = Reward(now.source, task.features)
+    latest = state.changes[-1]
+    reward = Reward(latest.source, task.features)
     # T ← K trajectories of the last period
     numbers = choose(reward, state, c, rng)
     T = [state.features[i] for i in numbers]
     # rank T by the LLM; D ← D ∪ its pairs
     try:
-        question = questions.rank_question(task, T)
-        ranking = llm.ask("rank", question, lambda text: questions.read_ranking(text, len(T)))
+        question = rank_question(task, T)
+        ranking = llm.ask("rank", question, lambda text: read_ranking(text, len(T)))
     except LLMError as error:
         print(f"\n  The LLM ranks nothing, so θ stays as it is: {error}\n", flush=True)
         return None
     ranking = [[label - 1 for label in group] for group in ranking]
     pairs = pairs_of(ranking)
-    state.D.append([numbers, pairs.tolist()])
+    state.D.append([len(T), np.take(numbers, pairs).tolist()])
     # if R_θ ranks T otherwise: θ ← p(θ | D), if that is better
-    returns = reward.returns(T)(now.theta)
+    returns = reward.returns(T)(latest.theta)
     wrong = float(discordance(returns, pairs))
-    screen.show_ranking(ranking, returns, len(pairs), wrong)
+    show_ranking(ranking, returns, len(pairs), wrong)
     change = align(reward, state, c, rng) if wrong > c.disagree else None
     # else: θ ← what the LLM says blocks the skill
     return change or unblock(llm, task, reward, state, T, wrong)
@@ -278,55 +301,57 @@ def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
 
     None unless the new θ orders more of D's pairs like the LLM than the present one does.
     """
-    now = state.changes[-1]
-    R = reward.returns([state.features[i] for numbers, _ in state.D for i in numbers])
-    sizes = [len(numbers) for numbers, _ in state.D]
-    starts = np.cumsum([0, *sizes])
-    rankings = [np.array(pairs, int).reshape(-1, 2) for _, pairs in state.D]
-    pairs = np.concatenate([pairs + start for pairs, start in zip(rankings, starts)])
+    latest = state.changes[-1]
+    preferred = [np.reshape(pairs, (-1, 2)).astype(int) for _, pairs in state.D]
     # A ranking of K says about as much as K − 1 pairs, so its pairs weigh 2 / K.
-    weights = np.repeat([2 / size for size in sizes], [len(pairs) for pairs in rankings])
+    weights = np.concatenate([np.full(len(p), 2 / K) for p, (K, _) in zip(preferred, state.D)])
+    numbers, pairs = np.unique(np.concatenate(preferred), return_inverse=True)
+    R, pairs = reward.returns([state.features[i] for i in numbers]), pairs.reshape(-1, 2)
 
     def log_likelihood(theta):
-        returns = R({name: theta[:, [i]] for i, name in enumerate(now.prior)})
+        returns = R({name: theta[:, [i]] for i, name in enumerate(latest.prior)})
         loss = preference_loss(returns, pairs, weights, c.beta)
         # An infinite return would seem to explain every preference for its trajectory.
         return np.where(np.isfinite(returns).all(axis=-1), -loss, -np.inf)
 
     try:
-        posterior = sample_posterior(log_likelihood, list(now.prior.values()), rng=rng)
+        posterior = sample_posterior(log_likelihood, list(latest.prior.values()), rng=rng)
     except SamplerError as error:
         print(f"\n  No posterior: {error}", flush=True)
         return None
-    theta = dict(zip(now.prior, posterior.estimate(log_likelihood).tolist()))
-    gain = float(discordance(R(now.theta), pairs) - discordance(R(theta), pairs))
+    theta = dict(zip(latest.prior, posterior.estimate(log_likelihood).tolist()))
+    gain = float(discordance(R(latest.theta), pairs) - discordance(R(theta), pairs))
     taken = gain > c.gain
-    screen.show_posterior(posterior, now.theta, theta, gain, taken)
+    show_posterior(posterior, latest.theta, theta, gain, taken)
     stats = zip(*posterior.interval(0.9).tolist(), posterior.rhat.tolist(), posterior.ess.tolist())
     stats = dict(zip(theta, map(list, stats)))
-    return Change(state.step, "posterior", now.source, theta, now.prior, stats) if taken else None
+    return (
+        Change(state.step, "posterior", latest.source, theta, latest.prior, stats)
+        if taken
+        else None
+    )
 
 
 def unblock(llm: LLM, task, reward: Reward, state: State, T: list, wrong: float) -> Change | None:
     """θ ← what the LLM says blocks the skill; None when it changes nothing."""
-    now, R = state.changes[-1], reward.returns(T)
-    order = np.argsort(-R(now.theta))
+    latest, R = state.changes[-1], reward.returns(T)
+    order = np.argsort(-R(latest.theta))
     order = order[np.unique(np.linspace(0, len(T) - 1, ANALYSED).round().astype(int))]
     shown = [T[i] for i in order]
-    rounded = {name: float(f"{value:.4g}") for name, value in now.theta.items()}
-    question = questions.analyse_question(
+    rounded = {name: float(f"{value:.4g}") for name, value in latest.theta.items()}
+    question = analyse_question(
         task,
         reward.source_with(rounded),
         [(change.step, change.cause, change.theta) for change in state.changes],
         shown,
-        [pay_note(reward, now.theta, tau) for tau in shown],
+        [pay_note(reward, latest.theta, tau) for tau in shown],
         wrong,
         [(row["step"], row["success"]) for row in state.evaluations],
     )
 
     def parse(text):
-        blocked_by, params = questions.read_analysis(text, now.theta)
-        if not np.isfinite(R({**now.theta, **params})).all():
+        blocked_by, params = read_analysis(text, latest.theta)
+        if not np.isfinite(R({**latest.theta, **params})).all():
             raise ValueError("with these values the reward is not finite: choose others")
         return blocked_by, params
 
@@ -336,12 +361,12 @@ def unblock(llm: LLM, task, reward: Reward, state: State, T: list, wrong: float)
         print(f"\n  No analysis: {error}\n", flush=True)
         return None
     # A value that the LLM repeats, rounded as it was shown, is no change.
-    params = {name: v for name, v in params.items() if not np.isclose(v, now.theta[name], 1e-2)}
-    screen.show_analysis(blocked_by, now.theta, params)
+    params = {name: v for name, v in params.items() if not np.isclose(v, latest.theta[name], 1e-2)}
+    show_analysis(blocked_by, latest.theta, params)
     if not params:
         return None
-    theta = {**now.theta, **params}
-    return Change(state.step, "analysis", now.source, theta, {**now.prior, **params})
+    theta = {**latest.theta, **params}
+    return Change(state.step, "analysis", latest.source, theta, {**latest.prior, **params})
 
 
 def pay_note(reward: Reward, theta: dict, tau: np.ndarray) -> str:
@@ -360,11 +385,8 @@ def read_flags() -> tuple[argparse.Namespace, dict]:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     notes = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(Config)))
-    choices = {
-        "task": TASKS,
-        "reward": ("selfalign", "fixed", "sparse"),
-        "obs": ("state", "pixels"),
-    }
+    rewards, observations = ("selfalign", "fixed", "sparse"), ("state", "pixels")
+    choices = {"task": TASKS, "reward": rewards, "obs": observations}
     for f in fields(Config):
         flag, kind = "--" + f.name.replace("_", "-"), JSON if f.type in (bool, dict) else f.type
         default = "{}" if f.type is dict else f.default
@@ -385,7 +407,7 @@ def read_flags() -> tuple[argparse.Namespace, dict]:
 def choose_llm(c: Config, run: Run) -> LLM:
     """The LLM that c.llm names. Raises LLMError for one that cannot be used."""
     if c.llm == "auto":
-        c.llm = "chat" if questions.service_is_set() else "offline"
+        c.llm = "chat" if service_is_set() else "offline"
     transcript, replay = run.folder / "llm.jsonl", None
     if c.llm == "chat":
         backend = Chat(c.model, c.llm_options)
@@ -411,7 +433,7 @@ def start(args: argparse.Namespace, given: dict) -> tuple[Config, Run, LLM | Non
         c = Config(**{**kept, **given})
     else:
         c = Config(**{**(PIXELS if given.get("obs") == "pixels" else {}), **given})
-        run = Run(c.out or screen.free_folder(f"runs/{c.task}-{c.reward}-{c.seed}"))
+        run = Run(c.out or free_folder(f"runs/{c.task}-{c.reward}-{c.seed}"))
     print(f"Task: {c.task}. {TASKS[c.task].goal}\nReward: {c.reward}. Folder: {run.folder}")
     asks = c.reward == "selfalign" or (c.reward == "fixed" and not c.proposal)
     return c, run, choose_llm(c, run) if asks else None
@@ -421,15 +443,14 @@ def main():
     args, given = read_flags()
     try:
         if args.play:
-            return screen.play(args.play, args.gif, args.episodes)
+            return play(args.play, args.gif, args.episodes)
         c, run, llm = start(args, given)
     except (ValueError, OSError, LLMError) as error:
         sys.exit(f"selfalign: {error}")
     if c.obs == "state":
         torch.set_num_threads(1)  # networks this small lose time to a second thread
-    make_env, update = partial(PandaEnv, c.task, c.obs), None
-    if c.reward == "selfalign":
-        update = update_theta
+    make_env = partial(PandaEnv, c.task, c.obs)
+    update = update_theta if c.reward == "selfalign" else None
     resume = f"python selfalign.py --resume {run.folder}"
     try:
         steps = train(make_env, TASKS[c.task], llm, run, c, update)

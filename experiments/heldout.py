@@ -56,7 +56,7 @@ def judge(task, reward: Reward, features: list, c: Config) -> dict:
     with redirect_stdout(sys.stderr):
         change = update_theta(LLM(StandIn()), task, state, c, np.random.default_rng(c.seed))
     after = change.theta if change else before
-    ranked, later = state.D[-1][0], np.arange(count, len(features))
+    ranked, later = np.unique(state.D[-1][1]), np.arange(count, len(features))
     held = np.setdiff1d(np.arange(count // 2, count), ranked)[:MOST]
     result = {"cause": change.cause if change else ""}
     for kind, numbers in zip(KINDS, (ranked, held, later[:: len(later) // MOST + 1])):

@@ -217,7 +217,7 @@ def test_choose_takes_the_last_period_evenly_by_return():
 
 
 def ranked(state, ranking, numbers):
-    state.D.append([numbers, pairs_of(ranking).tolist()])
+    state.D.append([len(numbers), np.take(numbers, pairs_of(ranking)).tolist()])
 
 
 def test_align_corrects_a_threshold():
