@@ -50,7 +50,7 @@ class State:
     changes: list[Change] = field(default_factory=list)  # of θ, the proposal first
     D: list = field(default_factory=list)  # [K, pairs (better, worse) of episodes] by ranking
     evaluations: list[dict] = field(default_factory=list)  # rows of metrics.csv
-    evaluating: dict = field(default_factory=dict)  # step and losses of the evaluation under way
+    evaluating: tuple | None = None  # step and losses of the evaluation under way
     features: list[np.ndarray] = field(default_factory=list)  # (T, F) of each episode lived
 
     @property
@@ -206,11 +206,10 @@ class Run:
         returns = r_theta.reward.returns(features)(r_theta.theta) if r_theta else sparse
         values = {"success": success, "sparse": sparse, "return": returns}
         means = {name: float(np.mean(value)) for name, value in values.items()}
-        row, state.evaluating = (
-            {"step": state.evaluating.pop("step"), **means, **state.evaluating},
-            {},
-        )
+        step, losses = state.evaluating
+        row = {"step": step, **means, **losses}
         state.evaluations.append(row)
+        state.evaluating = None
         began, first = self.began
         speed = (state.step - first) / (time.monotonic() - began)
         bar = "█" * round(20 * row["success"])

@@ -13,6 +13,7 @@ import argparse
 import copy
 import inspect
 import json
+import math
 import os
 import pickle
 import re
@@ -162,6 +163,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
         state.changes.append(proposal or propose(llm, task, random_features))
     r_theta = critic_reward(task, state, buffer, random_features)
     next_tau, evaluation = next_tau or live_next(), state.evaluating and evaluate_now()
+    losses = dict.fromkeys(("critic_loss", "actor_loss", "q"), math.nan)  # before any update
     while state.step < c.steps and not state.learnt:
         # live one episode τ with the policy; put it into the replay buffer with its rewards R_θ
         tau, before, std = next_tau.result(), state.step, noise(state.step, c)
@@ -193,7 +195,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             r_theta = critic_reward(task, state, buffer, random_features)
 
         if before >= c.explore and crossed(c.eval_every) and not state.learnt:
-            state.evaluating, evaluation = {"step": state.step, **losses}, evaluate_now()
+            state.evaluating, evaluation = (state.step, losses), evaluate_now()
             run.checkpoint(state, agent, r_theta, next_tau.result())
     if evaluation:
         run.evaluated(state, evaluation.result(), r_theta)
@@ -462,7 +464,8 @@ def main():
         sys.exit(f"\nselfalign: {error}. Continue:  {resume}")
     learnt = f"is learnt: 100 % at {steps} environment steps, and again at the next evaluation"
     print(f"\n{c.task} {learnt if steps else f'was not learnt within {c.steps:,} steps'}")
-    print(f"Watch it:  python selfalign.py --play {run.folder}")
+    if (run.folder / "policy.pt").exists():
+        print(f"Watch it:  python selfalign.py --play {run.folder}")
 
 
 if __name__ == "__main__":
