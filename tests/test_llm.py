@@ -130,8 +130,6 @@ def test_reasons_go_back(tmp_path):
     assert [line["prompt"] for line in lines] == [question, second, last]
     assert lines[0]["reply"] == "one" and lines[1]["unusable"] == "cut off"
     assert lines[2]["prompt_tokens"] == 10 and lines[2]["completion_tokens"] == 2
-    assert (asked.exchanges, asked.prompt_tokens, asked.completion_tokens) == (3, 20, 4)
-    assert asked.seconds == sum(line["seconds"] for line in lines)
 
 
 def test_four_attempts_at_most():
@@ -155,7 +153,7 @@ def test_resumed_run_asks_nothing_twice(tmp_path):
     assert path.read_bytes() != whole  # nothing is written before the first exchange
     assert again.ask("count", "How many?", number) == 3
     assert [again.ask("count", "And now?", number) for _ in range(2)] == [4, 7]
-    assert not backend.asked and again.exchanges == 4
+    assert not backend.asked
     assert again.ask("count", "How many more?", number) == 5  # what failed is asked again
     assert path.read_bytes().startswith(whole) and len(records(path)) == 6
     path.write_bytes(whole[:-1])  # a line without its end is asked again
