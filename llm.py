@@ -272,7 +272,7 @@ ODD = {0xFEFF: None, 0x200B: None, 0x0D: None, 0xA0: " ", 0x202F: " "}  # marks,
 # Words right before code or an object that is not the answer.
 ASIDE = (
     r"(?i)\b(avoid|bad|wrong|not|never|don.t|previous|former|earlier|old|original|current|example"
-    r"|alternative\w*|option|if)\b[^.!?;]{0,40}$|\bor\W*(json\s*)?$|\([^()]*$"
+    r"|alternative\w*|option|if)\b[^.!?;]{0,40}$|\bor\W*(\w+\s*)?$|\([^()]*$"
 )
 
 
