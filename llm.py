@@ -467,7 +467,7 @@ def service_is_set() -> bool:
 REQUEST_SECONDS = 600  # a model that thinks about 48 attempts is silent for minutes
 MAX_BYTES = 1_000_000  # of one HTTP reply
 # A character of a key as it is, or as JSON, HTML and URLs spell it.
-SPELT = r"(?:\\{0,4}%s|(?:\\{1,4}u00|\\{1,4}x|%%|&#x0{0,2})%02x;?|&#0{0,2}%d;)"
+SPELT = r"(?:\\{0,8}%s|(?:\\{1,8}(?:u00|x)|%%)%02x|(?:&|\\{1,8}u0026)#(?:x0{0,2}%02x|0{0,2}%d);?)"
 
 
 class Chat:
@@ -499,8 +499,10 @@ class Chat:
             self.headers["api-key"] = key
         user, password = requests.utils.get_auth_from_url(base)
         self.auth = (user, password) if user else lambda request: request  # no key from a .netrc
-        secrets = [secret for secret in (key, password) if len(secret) > 6]  # others: placeholders
-        spelt = ["".join(SPELT % (re.escape(c), ord(c), ord(c)) for c in word) for word in secrets]
+        spelt = []
+        for secret in (key, password):
+            if len(secret) > 6:  # a shorter one is a placeholder, such as "ollama"
+                spelt.append("".join(SPELT % (re.escape(c), *[ord(c)] * 3) for c in secret))
         self.secret = re.compile("(?i)" + ("|".join(spelt) or "(?!)"))
 
     def __call__(self, messages: list[dict]) -> Reply:
