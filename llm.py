@@ -1,7 +1,9 @@
-"""Questions to a large language model: prompts filled in, answers read, a transcript kept.
+"""Asks a large language model (LLM), has unusable answers repaired, and keeps a transcript.
 
-Needs requests and numpy, and the text files in prompts/. A backend maps chat messages to a `Reply`:
-`Chat` (any OpenAI-compatible service), `Manual` (a person), or a function of your own:
+`LLM.ask` is the loop. After it come the three questions of the paper, the readers of the answers,
+the transcript, and who answers. Needs requests, numpy and the texts in prompts/. A backend maps
+chat messages to a `Reply`: `Chat` (an OpenAI-compatible service), `Manual` (a person), or a
+function of your own:
 
     from llm import LLM, Reply, read_ranking
 
@@ -19,12 +21,12 @@ import os
 import random
 import re
 import string
+import sys
 import textwrap
 import time
 import unicodedata
 from collections import Counter, namedtuple
 from email.utils import mktime_tz, parsedate_tz
-from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,13 +34,10 @@ import numpy as np
 import requests
 from urllib3.exceptions import HTTPError
 
-PROMPTS = Path(__file__).parent / "prompts"
+# The loop: ask, read, repair.
+
 ATTEMPTS = 4  # the question and three repairs
-REQUEST_SECONDS = 600  # a model that thinks about 48 attempts is silent for minutes
-MAX_BYTES = 1_000_000  # of one HTTP reply
-PLAIN = {0xFEFF: None, 0x200B: None, 0x0D: None, 0xA0: " ", 0x202F: " "}  # odd characters
-NO_TEXT = "(no usable text)"
-COMPARE = {">": np.greater, ">=": np.greater_equal, "<=": np.less_equal}
+NO_TEXT = "(no usable text)"  # stands in a conversation for an answer without text
 Reply = namedtuple("Reply", "text prompt_tokens completion_tokens", defaults=(0, 0))
 
 
@@ -58,14 +57,8 @@ class UnusableReply(ValueError):
     """An answer cannot be used; the message goes back to the LLM."""
 
 
-def prompt(name: str, **values) -> str:
-    """The text of prompts/NAME.txt, with each $placeholder that has a value replaced."""
-    text = (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
-    return string.Template(text).safe_substitute(values)
-
-
 class LLM:
-    """Asks a backend, repairs answers that cannot be used, and keeps a transcript.
+    """Asks a backend, has unusable answers repaired, and keeps a transcript.
 
     transcript: file of one JSON line per exchange, made at the first exchange. Questions that
     it holds are answered from it. replay: the transcript of another run, in the backend's place.
@@ -74,13 +67,12 @@ class LLM:
 
     def __init__(self, backend, transcript=None, replay=None, sleep=time.sleep):
         self.backend, self.transcript, self.replay, self.sleep = backend, transcript, replay, sleep
-        self.exchanges = self.prompt_tokens = self.completion_tokens = self.seconds = 0
-        self._left = 0.0  # seconds for the present question
-        self._written, self._size, self._replayed = {}, 0, {}
+        self._asked = Counter()  # how often each conversation took place
+        self._held, self._size, self._replayed = {}, 0, {}
         if transcript and Path(transcript).exists():
-            self._written, self._size = _read_transcript(transcript, bool(replay), True)
+            self._held, self._size = _read_transcript(transcript, whole_lines=True)
         if replay:
-            self._replayed, _ = _read_transcript(replay, True, False)
+            self._replayed, _ = _read_transcript(replay)
 
     def ask(self, kind: str, question: str, parse):
         """The parsed answer to `question`.
@@ -91,52 +83,47 @@ class LLM:
         messages = [{"role": "user", "content": question}]
         self._left = getattr(self.backend, "seconds", math.inf)
         for attempt in range(ATTEMPTS):
-            record = self._exchange(f"{kind}, repair" if attempt else kind, messages)
-            if "error" in record:
-                raise LLMError(record["error"])
+            reply = NO_TEXT
             try:
-                if "unusable" in record:
-                    raise UnusableReply(record["unusable"])
-                return parse(record["reply"])
+                reply = self._exchange(f"{kind}, repair" if attempt else kind, messages)
+                return parse(reply)
             except ValueError as error:
                 reason = str(error)
             messages += [
-                {"role": "assistant", "content": record.get("reply", NO_TEXT)},
+                {"role": "assistant", "content": reply},
                 {"role": "user", "content": prompt("repair", error=reason)},
             ]
         raise LLMError(f"{ATTEMPTS} answers to '{kind}' cannot be used, the last because: {reason}")
 
-    def _exchange(self, kind, messages):
-        """The record of one exchange, from a transcript or from the backend."""
+    def _exchange(self, kind, messages) -> str:
+        """The reply to a conversation, from a transcript or else from the backend."""
         talk = tuple(message["content"] for message in messages)
-        written, replayed = self._written.get(talk), self._replayed.get(talk)
-        if self.replay and not replayed:
-            raise ReplayError(
-                f"{self.replay} does not answer exchange {self.exchanges + 1} ({kind}): "
-                "replay works only with the same settings, CPU and library versions"
-            )
-        started = time.monotonic()
-        if replayed or written:
-            record = (replayed or written)[0]
+        turn = self._asked[talk]
+        self._asked[talk] += 1
+        held, replayed = self._held.get(talk, [])[turn:], self._replayed.get(talk, [])[turn:]
+        if held and "error" in held[0] and not self.replay:
+            held = []  # a resumed run asks again what failed
+        if held or replayed:
+            record = (held or replayed)[0]
+        elif self.replay:
+            why = "replay needs the same settings, CPU and library versions"
+            raise ReplayError(f"{self.replay} does not answer this question ({kind}): {why}")
         else:
+            started = time.monotonic()
             record = {"kind": kind, "prompt": talk[-1], **self._ask_backend(messages)}
             record["seconds"] = round(time.monotonic() - started, 3)
-        if replayed:
-            replayed.pop(0)
-        if written:
-            written.pop(0)
-        elif self.transcript:
+        if self.transcript and not held:
             Path(self.transcript).parent.mkdir(parents=True, exist_ok=True)
             with open(self.transcript, "ab") as file:
                 file.truncate(self._size)  # a run that was killed may have left half a line
                 self._size += file.write(json.dumps(record).encode() + b"\n")
-        self.exchanges += 1
-        self.seconds += record.get("seconds", 0)
-        self.prompt_tokens += record.get("prompt_tokens", 0)
-        self.completion_tokens += record.get("completion_tokens", 0)
-        return record
+        if "error" in record:
+            raise LLMError(record["error"])
+        if "unusable" in record:
+            raise UnusableReply(record["unusable"])
+        return record["reply"]
 
-    def _ask_backend(self, messages):
+    def _ask_backend(self, messages) -> dict:
         """The outcome, after as many pauses as the question's time allows: models load slowly."""
         for retry in itertools.count():
             asked = time.monotonic()
@@ -145,10 +132,8 @@ class LLM:
                 return {"reply": reply.pop("text"), **reply}
             except UnusableReply as error:
                 return {"unusable": str(error)}
-            except (OSError, UnicodeDecodeError) as error:  # of a backend of one's own
-                return {"error": f"{type(error).__name__}: {error}"}
-            except LLMError as error:
-                return {"error": str(error)}
+            except (LLMError, OSError, UnicodeDecodeError) as error:
+                return {"error": str(error) or repr(error)}
             except Busy as busy:
                 fault, wait = busy.args
             finally:
@@ -162,208 +147,16 @@ class LLM:
             self.sleep(pause)
 
 
-def _read_transcript(path, errors: bool, lines_only: bool) -> tuple[dict, int]:
-    """({texts of a conversation: its records in order}, size of the file's whole lines).
+# The paper's three questions: propose a reward, rank attempts, analyse what blocks the skill.
 
-    errors: whether failed exchanges count. lines_only: ignore a last line without newline.
-    """
-    found, talk, answer = {}, (), ""
-    try:
-        data = Path(path).read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")[: -1 if lines_only else None]
-    except (OSError, UnicodeDecodeError) as error:
-        raise LLMError(f"the transcript {path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            outcome = record.get("reply", record.get("unusable", record.get("error")))
-            "".join([record["kind"], record["prompt"], outcome])  # three texts
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            if number > data.count(b"\n"):  # the end, or half a line: the run was killed
-                break
-            raise LLMError(f"{path}, line {number}, is no exchange with an LLM") from None
-        talk = (*talk, answer) if record["kind"].endswith(", repair") else ()
-        talk, answer = (*talk, record["prompt"]), record.get("reply", NO_TEXT)
-        if errors or "error" not in record:
-            records = found.setdefault(talk, [])
-            if records and "error" in records[-1]:  # the run was resumed, and asked again
-                records.pop()
-            records.append(record)
-    return found, data.rfind(b"\n") + 1
+PROMPTS = Path(__file__).parent / "prompts"
+COMPARE = {">": np.greater, ">=": np.greater_equal, "<=": np.less_equal}
 
 
-# Words of services: the prompt is too long, the money is spent, a pause is asked for.
-TOO_LONG = r"""(?ix) ^413 | context.{0,12}(length|size|window) | too\ many\ (input\ )?tokens
-    | reduce\ the\ length
-    | (prompt|request|input|content|messages?) [_ ] ((is|are)[_ ])? too [_ ] (long|large)"""
-SPENT = r"(?i)insufficient|billing|current.?quota|balance|credit|payment|spend|arrear|欠费|余额"
-WAIT = r"""(?ix)
-    (retry.?(delay|after|in)? | again\ (in|after) | wait(\ for)? | estimated_time) (_seconds)?
-    ["':=\s]{0,5} (?P<wait> (\d+(\.\d+)? \s{0,3} (ms|[hms])? [a-z]{0,8} \s{0,3}){1,4})"""
-CURES = {
-    401: "set OPENAI_API_KEY to a valid key",
-    402: "the account has to be paid for",
-    403: "set OPENAI_API_KEY to a key with access to --model",
-    404: "check --model, and OPENAI_BASE_URL, which often ends in /v1",
-}
-# How an answer may end (finish_reason), and the marks that end a model's thoughts.
-NORMAL = "|stop|eos|eos_token|end|end_turn|stop_sequence|completed?|tool_calls|function_call"
-CUT = "length|max|limit|incomplete"
-WITHHELD = "filter|safety|sensitive|block|prohibit|recitation|refus|guard"
-THOUGHT = r"</think(?:ing)?>|</thought>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>"
-
-
-class Chat:
-    """An OpenAI-compatible service: a call is one POST to OPENAI_BASE_URL/chat/completions.
-
-    options: more fields of every request, such as {"max_tokens": 4096}. seconds: the time for one
-    question with its repairs and pauses. The key, OPENAI_API_KEY, stands in the header alone.
-    Raises LLMError for lasting faults, Busy for passing ones, UnusableReply for useless answers.
-    """
-
-    def __init__(self, model: str | None, options: dict | None = None, seconds: float = 1200):
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        base = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
-        if not model:
-            raise LLMError("no model is named: add --model NAME, or --llm offline for the stand-in")
-        if not key and not service_is_set():
-            raise LLMError("no service is named: set OPENAI_API_KEY or OPENAI_BASE_URL")
-        if not key.isascii() or not key.isprintable():
-            raise LLMError("OPENAI_API_KEY holds characters that no key has: set it again")
-        if not base.startswith(("http://", "https://")):
-            raise LLMError("OPENAI_BASE_URL is no address such as http://localhost:11434/v1")
-        self.fields, self.seconds = {**(options or {}), "model": model}, seconds
-        url = urlsplit(base)
-        path = url.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.url = url._replace(path=path, fragment="").geturl()
-        self.words = f"{model} at {url.scheme}://{url.netloc.rpartition('@')[2]}{path}"
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        if key and "api-version=" in url.query:  # Azure's classic addresses
-            self.headers["api-key"] = key
-        # The key's characters as they are, or as JSON, HTML and URLs spell them. A short key is a
-        # placeholder, such as "ollama".
-        one = r"(?:\\{0,4}%s|(?:\\{1,4}u00|\\{1,4}x|%%|&#x0{0,2})%02x;?|&#0{0,2}%d;)"
-        spellings = [one % (re.escape(c), ord(c), ord(c)) for c in key if len(key) > 6]
-        self.secret = re.compile("(?i)" + ("".join(spellings) or "(?!)"))
-
-    def __call__(self, messages: list[dict]) -> Reply:
-        print(f"  Waiting for {self.words} ...", flush=True)
-        body, end = b"", time.monotonic() + REQUEST_SECONDS
-        how = {"stream": True, "timeout": (10, REQUEST_SECONDS), "allow_redirects": False}
-        how["auth"] = lambda request: request  # else a .netrc may put another key in the header
-        how["json"] = {**self.fields, "messages": messages}
-        try:
-            with requests.post(self.url, headers=self.headers, **how) as response:
-                for chunk in response.iter_content(512):
-                    body += chunk
-                    if len(body) > MAX_BYTES or time.monotonic() > end:
-                        raise TimeoutError("the answer does not end")
-        except (OSError, ValueError, HTTPException, HTTPError) as error:
-            words = self._line(str(error).rpartition(": ")[2]).strip("'\")> ")
-            fault = f"{type(error).__name__} at {self.words}: {words}"
-            wrong = re.search("(?i)certificate|wrong.version|record.layer", str(error))
-            if wrong or isinstance(error, ValueError):
-                raise LLMError(f"{fault}; check OPENAI_BASE_URL and the proxies") from None
-            raise Busy(f"{fault} (is it running?)", 0) from None
-        text = body.decode(errors="replace")
-        answer = _object(text)
-        choice = _object(answer.get("choices"))
-        error = answer.get("error") or choice.get("error")
-        if response.status_code != 200 or error or "choices" not in answer:
-            header = response.headers.get("Retry-After", "")
-            said = error if "choices" in answer else answer or text
-            self._refuse(response.status_code, header, said, _object(error).get("code"))
-        return self._read(choice, _object(answer.get("usage")))
-
-    def _refuse(self, status, header, said, code):
-        """Raises LLMError or Busy for what a service says: JSON or a page."""
-        words = re.sub("<[^<>]*>", " ", json.dumps(said, ensure_ascii=False))
-        if status == 200 and re.fullmatch("[45][0-9]{2}", str(code)):
-            status = int(code)
-        fault, wait = f"HTTP {status}, {self._line(words)}", _named_wait(header, words)
-        if status in (200, 400, 413, 422, 429, 500) and re.search(TOO_LONG, f"{status}{words}"):
-            cure = "the prompt is too long: take a larger context, or fewer ranked (--ranked)"
-        elif status in (200, 429) and re.search(SPENT, words) and not wait:
-            cure = "the quota is used up"
-        elif status == 200 and isinstance(said, str) and said.strip()[:1] not in ("", "{"):
-            cure = """check OPENAI_BASE_URL, or add --llm-options '{"stream": false}'"""
-        elif status in (200, 408, 409, 425, 429, 498) or status >= 500:
-            raise Busy(fault, wait)
-        else:
-            cure = CURES.get(status, "check --model, --llm-options and OPENAI_BASE_URL")
-        raise LLMError(f"the LLM service refused: {fault}; {cure}")
-
-    def _read(self, choice, usage):
-        """The Reply in a service's choice."""
-        message, text = _object(choice.get("message")), ""
-        end = str(choice.get("finish_reason") or "").lower()
-        content = message.get("content") or ""
-        for part in content if isinstance(content, list) else [{"text": content}]:
-            if _object(part).get("type", "text") in ("text", "output_text"):
-                text += str(_object(part).get("text") or "")
-        answer = re.split(THOUGHT, text)[-1].strip()
-        if re.search(CUT, end):
-            raise UnusableReply("the answer was cut off, because it is too long: be briefer")
-        if re.search(WITHHELD, end):
-            raise UnusableReply("the service's content filter withheld the answer")
-        if not re.fullmatch(NORMAL, end):
-            raise Busy(f"the service ended its answer with {end!r}", 0)
-        if not answer and message.get("refusal"):
-            raise UnusableReply(f"you refused: {self._line(str(message['refusal']))}")
-        if not answer or answer.startswith("<think>"):
-            thought = text.strip() or message.get("reasoning_content") or message.get("reasoning")
-            what = "you thought but gave no answer" if thought else "the answer was empty"
-            raise UnusableReply(f"{what}: write it out")
-        tokens = [usage.get(name) for name in Reply._fields[1:]]
-        tokens = [count if isinstance(count, int) else 0 for count in tokens]
-        return Reply(self.secret.sub("[key]", answer), *tokens)
-
-    def _line(self, text):
-        """One short line of someone's words, without secrets."""
-        return " ".join(self.secret.sub("[key]", text).split())[:300]
-
-
-def _object(value) -> dict:
-    """The JSON object that `value` is, or is the text of, or begins with; else {}."""
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        pass
-    value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, dict) else {}
-
-
-def _named_wait(header: str, text: str) -> float:
-    """Seconds that a service asks to wait, in its Retry-After or in its words; 0 if it does not."""
-    waits, date = [0.0], parsedate_tz(header)
-    if date and ":" in header:
-        waits, header = [0.0, mktime_tz(date) - time.time()], ""
-    scale = {"ms": 0.001, "mi": 60, "m": 60, "h": 3600}
-    for named in re.finditer(WAIT, f"retry {header}; {text}" if header else text):
-        parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|mi|h|m)?", named["wait"])
-        waits.append(sum(float(number) * scale.get(unit, 1) for number, unit in parts))
-    return max(waits)
-
-
-class Manual:
-    """A person, or any chat window: shows the prompt and reads the pasted answer."""
-
-    def __call__(self, messages: list[dict]) -> Reply:
-        print(f"\n{'=' * 30} prompt {'=' * 30}\n{messages[-1]['content']}\n{'=' * 68}")
-        print("Paste the answer, then a line that holds only END:", flush=True)
-        lines = []
-        try:
-            while (line := input()).strip() != "END":
-                lines.append(line)
-        except EOFError:
-            if not lines:
-                raise LLMError("the input has ended: --llm manual needs a terminal") from None
-        return Reply("\n".join(lines))
-
-
-def service_is_set() -> bool:
-    """Whether the environment names a service or a key: --llm auto then takes `Chat`."""
-    return bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
+def prompt(name: str, **values) -> str:
+    """The text of prompts/NAME.txt, with each $placeholder that has a value replaced."""
+    text = (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
+    return string.Template(text).safe_substitute(values)
 
 
 def propose_question(task, functions) -> str:
@@ -411,9 +204,8 @@ def describe(task, trajectories, notes=None) -> str:
     """Trajectories, (T, F) arrays, as text, numbered from 1, each followed by its note."""
     texts = []
     for i, trajectory in enumerate(trajectories):
-        series = {name: trajectory[:, column] for column, name in enumerate(task.features)}
-        note = f"\n  {notes[i]}" if notes and notes[i] else ""
-        texts.append(describe_attempt(i + 1, series, task) + note)
+        text = describe_attempt(i + 1, dict(zip(task.features, trajectory.T, strict=True)), task)
+        texts.append(f"{text}\n  {notes[i]}" if notes and notes[i] else text)
     return "\n\n".join(texts)
 
 
@@ -439,9 +231,9 @@ def describe_attempt(label: int, series: dict, task) -> str:
         but = "" if first_break == length else " but for the limits"
         lines[0] += f" (done{but} at {at(done.argmax())} s)"
     for (name, sign, value), steps in breaks.items():
-        asked = {">": "<=", ">=": "<", "<=": ">"}[sign]  # by the limit
+        kept = {">": "<=", ">=": "<", "<=": ">"}[sign]
         side, worst = ("lowest", np.min) if sign == "<=" else ("highest", np.max)
-        line = f"  limit {name} {asked} {value:g}: "
+        line = f"  limit {name} {kept} {value:g}: "
         if len(steps):
             line += f"broken first at {at(steps[0])} s, in {len(steps)} steps, "
             line += f"{side} reading {worst(series[name]):.4g}"
@@ -474,45 +266,63 @@ def in_a_row(held) -> np.ndarray:
     return steps - np.maximum.accumulate(np.where(held, 0, steps))
 
 
+# The three answers. What cannot be read with certainty is refused, and the LLM told why.
+
+ODD = {0xFEFF: None, 0x200B: None, 0x0D: None, 0xA0: " ", 0x202F: " "}  # marks, hard spaces
+# Words right before code or an object that is not the answer.
+ASIDE = (
+    r"(?i)\b(avoid|bad|wrong|not|never|don.t|previous|former|earlier|old|original|current|example"
+    r"|alternative\w*|option|if)\b[^.!?;]{0,40}$|\bor\W*(\w+\s*)?$|\([^()]*$"
+)
+
+
 def read_code(text: str) -> str:
     """The code of an answer: all of it if it is Python, else its last block with a function."""
-    text = text.translate(PLAIN)
+    text = text.translate(ODD)
     try:
         whole = any(isinstance(node, ast.FunctionDef) for node in ast.parse(text).body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         whole = re.match(r"\s*(import |from \w+ import |\"\"\"|''')", text)  # a file with an error
-    blocks = list(re.finditer(r"(?s)(?:(?:```+|~~~+)[^\n`]*\n)+(.*?)(?:```|~~~|\Z)", text))
-    codes = [block[1] for block in blocks if re.search(r"(?m)^[ \t]*def ", block[1])]
-    bare = re.search(r"(?ms)^def .*?(?=^[^\s)\]}#d]|\Z)", text)
     if whole:
-        codes = [text]
-    elif bare and (not codes or bare.start() < blocks[0].start()):
-        codes = [bare[0]]
+        return textwrap.dedent(text).strip() + "\n"
+    blocks = list(re.finditer(r"(?s)(?:(?:```+|~~~+)[^\n`]*\n)+(.*?)(?:```|~~~|\Z)", text))
+    codes = [block for block in blocks if re.search(r"(?m)^[ \t]*def ", block[1])]
+    bare = re.search(r"(?ms)^(def .*?)(?=^[^\s)\]}#d]|\Z)", text)
+    if bare and (not codes or bare.start() < blocks[0].start()):
+        codes = [bare]
     if not codes:
         raise UnusableReply("there is no function in the answer: write it in a ```python block")
-    return textwrap.dedent(codes[-1]).strip() + "\n"
+    if len(codes) > 1 and re.search(ASIDE, text[codes[-2].end() : codes[-1].start(1)]):
+        raise UnusableReply("there are several functions: give one")
+    return textwrap.dedent(codes[-1][1]).strip() + "\n"
 
 
-# What rankings are written with, and what may stand around their numbers.
-SYMBOLS = (
+REVERSE = r"(?<![a-z])(worst|lowest|least|poorest|weakest|bad|bottom)[\W_]+(to|first|best|highest"
+REVERSE += r"|most|strongest|top|on the left)(?![a-z])|(ascending|increasing|reversed?)(?![a-z])"
+ATTEMPT = (
+    r"\b(attempts?|trajector(y|ies)|episodes?|no\.?|number|[a-zτ](?=_?\d))[ _#*]*(?=[\[({]*\d)"
+)
+# What rankings are written with and surrounded by, in lower case, and how it is read.
+NOTATION = (
+    (REVERSE, "⇅"),
+    (  # JSON groups, such as [[3], [], [1, 2]]
+        r"(?<=ranking)\W{1,9}(\[\s*\[[\d\s,\"'[\]]*\]\s*\])",
+        lambda groups: ": " + re.sub(r"\]\s*,\s*\[", ">", groups[1]).replace(",", "="),
+    ),
     (r"\\l?not(?![a-z])", "!"),
     (r"\\(succ|gt)(?![a-z])|[≻≫]|>>+", ">"),
     (r"\\(sim|approx|equiv|simeq)(?![a-z])|[~∼≈≃≅≡]|==+", "="),
-    (r"\\[a-z]+|\\.", " "),
+    (r"\\[a-z]+|\\.", " "),  # other LaTeX
     (r"([^\d\s])\s*\n[ \t]*>", r"\1\n"),  # a quotation
+    (r"<[a-z/|!][^<>\n]{0,80}>", " "),  # a tag or stop token
+    (ATTEMPT, " "),
+    (r"\((?=[^()⇅]*[^\W\d_])[^()⇅]*\)", " "),  # a remark
+    (r"\[(?=[^][⇅]*[^\W\d_])[^][⇅]*\]", " "),
 )
-AROUND = (
-    r"<[a-z/|!][^<>\n]{0,80}>",  # a tag or stop token
-    r"\b(attempts?|trajector(y|ies)|episodes?|no\.?|number|[a-zτ](?=_?\d))[ _#*]*(?=[\[({]*\d)",
-    r"\((?=[^()]{0,400}?[^\W\d_])[^()]{0,800}\)",  # a remark
-    r"\[(?=[^][]{0,400}?[^\W\d_])[^][]{0,800}\]",
-)
-MARKUP = r"[][(){}*_`$\\\"'#&|\u200b\ufe0f\u20e3]"
-LABEL = r"(?m)^[^\w\n]*((final|my|the|overall|corrected) +)*ranking( +is)?(?=\s*[:=>\d-]|\s*$)"
+MARKUP = (r"[][(){}*_`$\\\"'#&|\u200b\ufe0f\u20e3]", " ")
+LABEL = r"(?m)^[^\w\n]*((final|my|the|overall|corrected) +)*ranking( +is)?(?=\s*[:=>⇅\d-]|\s*$)"
+CHAIN = re.compile(r"(?<![^\s<>=:])[^\s<>=:]+(?:\s*[<>=]+\s*[^\s<>=:]+)+")
 NUMBER = r"(?<![\w.-])([0-9]{1,6})(?!\w|\.[0-9])"
-CHAIN = r"(?<![^\s<>=:])[^\s<>=:]+(?:\s*[<>=]+\s*[^\s<>=:]+)+"
-REVERSE = r"(?<![a-z])(worst|lowest|least|poorest|weakest|bad|bottom)[\W_]+(to|first|best|highest"
-REVERSE += r"|most|strongest|top|on the left)(?![a-z])|(ascending|increasing|reversed?)(?![a-z])"
 
 
 def read_ranking(text: str, count: int) -> list[list[int]]:
@@ -522,48 +332,33 @@ def read_ranking(text: str, count: int) -> list[list[int]]:
     line that begins with RANKING, if there is one; no other chain there may contradict it.
     """
     text = unicodedata.normalize("NFKC", html.unescape(text)).lower()
-    text = re.sub(r"(?<=ranking)\W{1,9}(\[\s*\[[\d\s,\"'[\]]*\]\s*\])", _chain_of_groups, text)
-    for pattern, symbol in SYMBOLS:
-        text = re.sub(pattern, symbol, text)
-    plain = text
-    for pattern in (*AROUND, *AROUND, MARKUP):  # twice, since brackets may be nested
-        plain = re.sub(pattern, lambda match: re.sub(r"[^\n]", " ", match[0]), plain)
-    begin = max((label.end() for label in re.finditer(LABEL, plain)), default=0)
+    for pattern, plain in (*NOTATION, *NOTATION, MARKUP):  # twice: remarks may be nested
+        text = re.sub(pattern, plain, text)
+    begin = max((label.end() for label in re.finditer(LABEL, text)), default=0)
     everyone = [str(label) for label in range(1, count + 1)]
     numbers, chosen = [], None
-    for chain in re.finditer(CHAIN, plain[begin:]):
+    for chain in CHAIN.finditer(text, begin):
         numbers = [number.strip(".,;!?。") for number in re.split(r"[<>=\s]+", chain[0])]
         if sorted(numbers) == sorted(everyone):
             chosen = chain
     if not chosen:
-        times = Counter(numbers)
-        missing = ", ".join(number for number in everyone if number not in times)
-        odd = ", ".join(n for n in times if times[n] > 1 or n not in everyone)
+        missing = ", ".join(Counter(everyone) - Counter(numbers)) or "none"
+        odd = ", ".join(Counter(numbers) - Counter(everyone))[:99] or "none"
         raise UnusableReply(
             'end with a line such as "RANKING: 2 > 4 = 1 > 3" that holds each number from 1 to '
-            f"{count} once; missing: {missing or 'none'}; unknown or repeated: {odd[:99] or 'none'}"
+            f"{count} once; missing: {missing}; unknown or repeated: {odd}"
         )
-    start = begin + chosen.start()
+    start = chosen.start()
     near = text[max(0, (begin or start) - 120) : start] + text[start:].split("\n")[0]
-    if re.search(REVERSE, near) or set(re.findall("[<>=]+", chosen[0])) - {">", "="}:
+    if "⇅" in near or set(re.findall("[<>=]+", chosen[0])) - {">", "="}:
         raise UnusableReply("rank from best to worst, with > for better and = for equal alone")
-    groups = [[int(n) for n in re.findall("[0-9]+", group)] for group in chosen[0].split(">")]
-    place = {label: i for i, group in enumerate(groups) for label in group}
-    for one, sign, other in re.findall(rf"{NUMBER}\s*([<>=]+)\s*(?={NUMBER})", plain[begin:]):
-        gap = place.get(int(other), math.nan) - place.get(int(one), math.nan)
-        if (
-            (gap > 0 and ">" not in sign)
-            or (gap < 0 and "<" not in sign)
-            or (gap == 0 and "=" not in sign)
-        ):
+    groups = [re.findall("[0-9]+", group) for group in chosen[0].split(">")]
+    place = {number: i for i, group in enumerate(groups) for number in group}
+    for one, sign, other in re.findall(rf"{NUMBER}\s*([<>=]+)\s*(?={NUMBER})", text[begin:]):
+        known = one in place and other in place
+        if known and "=><"[np.sign(place[other] - place[one])] not in sign:
             raise UnusableReply(f"{one} {sign} {other} contradicts the rest: give one RANKING")
-    return groups
-
-
-def _chain_of_groups(match) -> str:
-    """JSON groups, such as [[3], [], [1, 2]], as a chain."""
-    groups = re.findall(r"\[([\d\s,\"']+)\]", match[1])
-    return ": " + " > ".join(group.replace(",", " = ") for group in groups)
+    return [[int(number) for number in group] for group in groups]
 
 
 def read_analysis(text: str, params: dict) -> tuple[str, dict]:
@@ -571,10 +366,10 @@ def read_analysis(text: str, params: dict) -> tuple[str, dict]:
 
     params: the present values. A positive one stays positive. Raises UnusableReply.
     """
-    text, found, end = text.translate(PLAIN), [], 0
+    text, found, end = text.translate(ODD), [], 0
     decoder = json.JSONDecoder(strict=False, object_pairs_hook=_each_once)
     while (start := text.find("{", end)) >= 0:
-        before, depth = text[end:start][-80:].lower(), 0
+        before, depth = text[end:start], 0
         try:
             value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
@@ -593,10 +388,8 @@ def read_analysis(text: str, params: dict) -> tuple[str, dict]:
     changes = answer.get("params")
     if not isinstance(changes, dict) or re.search(r"params\W{0,4}[:=]", text[end:]):
         raise UnusableReply('end with one JSON object with "params": {"name": number}')
-    aside = re.search(
-        r"\b(form|format|example|alternative\w*|option|or|if|try)\b|\([^()]*$|^[\s,]*$", before
-    )
-    if any(draft != answer for _, draft, _ in found) and (not changes or aside):
+    aside = not changes or not before.strip(" \n,") or re.search(ASIDE, before)
+    if aside and any(draft != answer for _, draft, _ in found):
         raise UnusableReply('there are several objects with "params": give one')
     for name, value in changes.items():
         if name not in params:
@@ -605,8 +398,8 @@ def read_analysis(text: str, params: dict) -> tuple[str, dict]:
             raise UnusableReply(f"{name} must be a number below 1e9, not {value!r:.40}")
         if params[name] > 0 and value <= 0:
             raise UnusableReply(f"{name} is a positive parameter: it cannot become {value:g}")
-    blocked_by = "".join(c if c.isprintable() else " " for c in str(answer.get("blocked_by", "")))
-    return " ".join(blocked_by.split()), {name: float(value) for name, value in changes.items()}
+    blocked_by = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(answer.get("blocked_by", "")))
+    return blocked_by.strip(), {name: float(value) for name, value in changes.items()}
 
 
 def _each_once(pairs) -> dict:
@@ -614,3 +407,204 @@ def _each_once(pairs) -> dict:
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"a name comes twice in {', '.join(name for name, _ in pairs)}")
     return dict(pairs)
+
+
+# The transcript: a cache of exchanges.
+
+
+def _read_transcript(path, whole_lines=False) -> tuple[dict, int]:
+    """({texts of a conversation: its records in order}, size of the file's whole lines)."""
+    found, talk, answer = {}, (), ""
+    try:
+        data = Path(path).read_bytes()
+        size = data.rfind(b"\n") + 1
+        lines = data[: size if whole_lines else None].decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LLMError(f"the transcript {path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            outcome = record.get("reply", record.get("unusable", record.get("error")))
+            "".join([record["kind"], record["prompt"], outcome])  # three texts
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            if number == len(lines):  # the end, or half a line of a run that was killed
+                break
+            raise LLMError(f"{path}, line {number}, is no exchange with an LLM") from None
+        talk = (*talk, answer) if record["kind"].endswith(", repair") else ()
+        talk, answer = (*talk, record["prompt"]), record.get("reply", NO_TEXT)
+        records = found.setdefault(talk, [])
+        if records and "error" in records[-1]:  # the run was resumed, and asked again
+            records.pop()
+        records.append(record)
+    return found, size
+
+
+# Who answers: a person or a service.
+
+
+class Manual:
+    """A person, or any chat window: shows the prompt and reads the pasted answer."""
+
+    def __call__(self, messages: list[dict]) -> Reply:
+        print(f"\n{'=' * 30} prompt {'=' * 30}\n{messages[-1]['content']}\n{'=' * 68}")
+        print("Paste the answer, then a line that holds only END:", flush=True)
+        lines = []
+        for line in sys.stdin:
+            if line.strip() == "END":
+                break
+            lines.append(line)
+        else:
+            if not lines:
+                raise LLMError("the input has ended: --llm manual needs a terminal")
+        return Reply("".join(lines).rstrip("\n"))
+
+
+def service_is_set() -> bool:
+    """Whether the environment names a service or a key: --llm auto then takes `Chat`."""
+    return bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
+
+
+REQUEST_SECONDS = 600  # a model that thinks about 48 attempts is silent for minutes
+MAX_BYTES = 1_000_000  # of one HTTP reply
+# A character of a key as it is, or as JSON, HTML and URLs spell it.
+SPELT = r"(?:\\{0,8}%s|(?:\\{1,8}(?:u00|x)|%%)%02x|(?:&|\\{1,8}u0026)#(?:x0{0,2}%02x|0{0,2}%d);?)"
+
+
+class Chat:
+    """An OpenAI-compatible service: a call is one POST to OPENAI_BASE_URL/chat/completions.
+
+    options: more fields of every request, such as {"max_tokens": 4096}. seconds: the time for one
+    question with its repairs and pauses. The key, OPENAI_API_KEY, stands in the header alone.
+    """
+
+    def __init__(self, model: str | None, options: dict | None = None, seconds: float = 1200):
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        base = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
+        if not model:
+            raise LLMError("no model is named: add --model NAME, or --llm offline for the stand-in")
+        if not service_is_set():
+            raise LLMError("no service is named: set OPENAI_API_KEY or OPENAI_BASE_URL")
+        if not key.isascii() or not key.isprintable():
+            raise LLMError("OPENAI_API_KEY holds characters that no key has: set it again")
+        if not base.startswith(("http://", "https://")):
+            raise LLMError("OPENAI_BASE_URL is no address such as http://localhost:11434/v1")
+        self.fields, self.seconds = {**(options or {}), "model": model}, seconds
+        url = urlsplit(base)
+        path = url.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        host = url.netloc.rpartition("@")[2]
+        self.url = url._replace(netloc=host, path=path, fragment="").geturl()
+        self.words = f"{model} at {url.scheme}://{host}{path}"
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if key and "api-version=" in url.query:  # Azure's classic addresses
+            self.headers["api-key"] = key
+        user, password = requests.utils.get_auth_from_url(base)
+        self.auth = (user, password) if user else lambda request: request  # no key from a .netrc
+        spelt = []
+        for secret in (key, password):
+            if len(secret) > 6:  # a shorter one is a placeholder, such as "ollama"
+                spelt.append("".join(SPELT % (re.escape(c), *[ord(c)] * 3) for c in secret))
+        self.secret = re.compile("(?i)" + ("|".join(spelt) or "(?!)"))
+
+    def __call__(self, messages: list[dict]) -> Reply:
+        print(f"  Waiting for {self.words} ...", flush=True)
+        body, end = b"", time.monotonic() + REQUEST_SECONDS
+        how = {"stream": True, "timeout": (10, REQUEST_SECONDS), "allow_redirects": False}
+        how |= {"json": {**self.fields, "messages": messages}, "auth": self.auth}
+        try:
+            with requests.post(self.url, headers=self.headers, **how) as response:
+                for chunk in response.iter_content(512):
+                    body += chunk
+                    if len(body) > MAX_BYTES or time.monotonic() > end:
+                        raise TimeoutError("the answer does not end")
+        except (OSError, ValueError, HTTPError) as error:
+            words = self.secret.sub("[key]", str(error)).rpartition(": ")[2].strip("'\")> ")[:300]
+            fault = f"{type(error).__name__} at {self.words}: {words}"
+            wrong = re.search("(?i)certificate|wrong.version|record.layer", str(error))
+            if wrong or isinstance(error, ValueError):
+                raise LLMError(f"{fault}; check OPENAI_BASE_URL and the proxies") from None
+            raise Busy(f"{fault} (is it running?)", 0) from None
+        text = self.secret.sub("[key]", body.decode(errors="replace"))
+        return _read_reply(response.status_code, response.headers.get("Retry-After", ""), text)
+
+
+# The marks that end a model's thoughts, and how an answer may end (finish_reason).
+THOUGHT = r"</think(?:ing)?>|</thought>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>"
+NORMAL = "|stop|eos|eos_token|end|end_turn|stop_sequence|completed?|tool_calls|function_call"
+
+
+def _read_reply(status: int, header: str, text: str) -> Reply:
+    """The Reply in what a service sent. Raises UnusableReply, Busy or LLMError."""
+    body = _object(text)
+    choice = _object(body.get("choices"))
+    error = body.get("error") or choice.get("error")
+    if status != 200 or error or "choices" not in body:
+        raise _fault(status, header, error if "choices" in body else body or text, error)
+    message, usage = _object(choice.get("message")), _object(body.get("usage"))
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(str(_object(part).get("text") or "") for part in content)
+    answer = re.split(THOUGHT, str(content))[-1].strip()
+    end = str(choice.get("finish_reason") or "").lower()
+    if re.search("length|max|limit|incomplete", end):
+        raise UnusableReply("the answer was cut off, because it is too long: be briefer")
+    if re.search("filter|safety|sensitive|block|prohibit|recitation|refus|guard", end):
+        raise UnusableReply("the service's content filter withheld the answer")
+    if not re.fullmatch(NORMAL, end):
+        raise Busy(f"the service ended its answer with {end!r}", 0)
+    if not answer or answer.startswith("<think>"):
+        raise UnusableReply("the answer was empty but for thoughts or a refusal: write it out")
+    return Reply(answer, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+
+
+# Words of services: the prompt is too long, the money is spent, a pause is asked for.
+TOO_LONG = r"""(?ix) ^413 | context.{0,12}(length|size|window) | too\ many\ (input\ )?tokens
+    | reduce\ the\ length
+    | (prompt|request|input|content|messages?) [_ ] ((is|are)[_ ])? too [_ ] (long|large)"""
+SPENT = r"(?i)insufficient|billing|current.?quota|balance|credit|payment|spend|arrear|欠费|余额"
+
+
+def _fault(status: int, header: str, said, error) -> Exception:
+    """The LLMError or Busy for what a service says, in JSON or a page, instead of an answer."""
+    code = str(_object(error).get("code"))
+    if status == 200 and re.fullmatch("[45][0-9]{2}", code):
+        status = int(code)
+    words = re.sub("<[^<>]*>", " ", json.dumps(said, ensure_ascii=False))
+    fault = f"HTTP {status}, {' '.join(words.split())[:300]}"
+    wait = _named_wait(header, words)
+    page = isinstance(said, str) and said.strip()[:1] not in ("", "{")
+    cure = "check OPENAI_API_KEY, OPENAI_BASE_URL, --model and --llm-options"
+    if re.search(TOO_LONG, f"{status} {words}"):
+        cure = "the prompt is too long: take a larger context, or fewer ranked (--ranked)"
+    elif status == 402 or (status in (200, 429) and re.search(SPENT, words) and not wait):
+        cure = "the quota is used up: the account has to be paid for"
+    elif status == 200 and page:
+        cure = """check OPENAI_BASE_URL, or add --llm-options '{"stream": false}'"""
+    elif status in (200, 408, 409, 425, 429, 498) or status >= 500:
+        return Busy(fault, wait)
+    return LLMError(f"the LLM service refused: {fault}; {cure}")
+
+
+WAIT = r"""(?ix)
+    (retry.?(delay|after|in)? | again\ (in|after) | wait(\ for)? | estimated_time) (_seconds)?
+    ["':=\s]{0,5} (?P<wait> (\d+(\.\d+)? \s{0,3} (ms|[hms])? [a-z]{0,8} \s{0,3}){1,4})"""
+
+
+def _named_wait(header: str, text: str) -> float:
+    """Seconds that a service asks to wait, in its Retry-After or in its words; 0 if it does not."""
+    date = parsedate_tz(header)
+    waits = [mktime_tz(date) - time.time() if date else 0.0]
+    scale = {"ms": 0.001, "mi": 60, "m": 60, "h": 3600}
+    for named in re.finditer(WAIT, f"retry {header}; {text}"):
+        parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|mi|h|m)?", named["wait"])
+        waits.append(sum(float(number) * scale.get(unit, 1) for number, unit in parts))
+    return max(0.0, *waits)
+
+
+def _object(value) -> dict:
+    """The JSON object that `value` is, or is the text of, or begins with; else {}."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        pass
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, dict) else {}
