@@ -542,7 +542,9 @@ def _read_reply(status: int, header: str, text: str) -> Reply:
     message, usage = _object(choice.get("message")), _object(body.get("usage"))
     content = message.get("content") or ""
     if isinstance(content, list):
-        content = "".join(str(_object(part).get("text") or "") for part in content)
+        parts = [_object(part) for part in content]  # of other types: thoughts
+        texts = [p.get("text") for p in parts if p.get("type", "text") in ("text", "output_text")]
+        content = "".join(str(text or "") for text in texts)
     answer = re.split(THOUGHT, str(content))[-1].strip()
     end = str(choice.get("finish_reason") or "").lower()
     if re.search("length|max|limit|incomplete", end):
@@ -560,6 +562,11 @@ def _read_reply(status: int, header: str, text: str) -> Reply:
 TOO_LONG = r"""(?ix) ^413 | context.{0,12}(length|size|window) | too\ many\ (input\ )?tokens
     | reduce\ the\ length
     | (prompt|request|input|content|messages?) [_ ] ((is|are)[_ ])? too [_ ] (long|large)"""
+CURES = {
+    401: "set OPENAI_API_KEY to a valid key",
+    403: "set OPENAI_API_KEY to a key with access to --model",
+    404: "check --model, and OPENAI_BASE_URL, which often ends in /v1",
+}
 SPENT = r"(?i)insufficient|billing|current.?quota|balance|credit|payment|spend|arrear|欠费|余额"
 
 
@@ -572,7 +579,7 @@ def _fault(status: int, header: str, said, error) -> Exception:
     fault = f"HTTP {status}, {' '.join(words.split())[:300]}"
     wait = _named_wait(header, words)
     page = isinstance(said, str) and said.strip()[:1] not in ("", "{")
-    cure = "check OPENAI_API_KEY, OPENAI_BASE_URL, --model and --llm-options"
+    cure = CURES.get(status, "check --model, --llm-options and OPENAI_BASE_URL")
     if re.search(TOO_LONG, f"{status} {words}"):
         cure = "the prompt is too long: take a larger context, or fewer ranked (--ranked)"
     elif status == 402 or (status in (200, 429) and re.search(SPENT, words) and not wait):
