@@ -25,7 +25,6 @@ from functools import partial
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import numpy as np
 import pybullet
@@ -35,33 +34,10 @@ SUBSTEPS = 12  # of physics, at 240 Hz, in a control step
 DT = SUBSTEPS / 240.0  # s per control step
 EPISODE_STEPS = 50
 LONGEST_EPISODE = 10  # check_env refuses episodes of more horizons than this
-# The arm is compliant, like a real one in impedance mode: its motors pull the hand towards a target
-# just ahead of it, with capped torques. Gravity acts on the block alone, as if the arm's controller
-# compensated for the arm's weight.
-MAX_DELTA = 0.01  # m that an action of 1 moves the hand's target
-MAX_LEAD = 0.03  # m by which the target may lead the hand along each axis
-MAX_TORQUE = 5.0  # N·m per arm joint
-FINGER_FORCE = 3.0  # N per finger
-FINGER_LEAD = 0.01  # m by which a finger's target may lead it
-FINGER_MAX = 0.04  # m that a finger travels; the gripper opens by twice that
-BLOCK_HALF = 0.02  # half the block's edge, m
-BLOCK_MASS = 0.05  # kg
-BLOCK_FRICTION = 0.5  # 1.0 for table and fingers; Bullet multiplies the two
-WORKSPACE = np.array([[0.30, -0.25, 0.025], [0.75, 0.25, 0.35]])  # of the hand's target, m
-PLACES = {"hand": 3, "block": 2, "goal": 2}  # what reset places, and the number of coordinates
-START_ERROR = 0.01  # m by which a start may lie outside the workspace, or the hand miss its start
-POINT_DOWN = (1.0, 0.0, 0.0, 0.0)  # the hand's orientation, quaternion xyzw
-HOME = (0.0, 0.3, 0.0, -2.2, 0.0, 2.5, 0.785)  # where inverse kinematics starts, rad
-ARM, FINGERS, HAND = tuple(range(7)), (9, 10), 11  # in panda.urdf; HAND is between the fingertips
-UP = (0.0, 0.0, 1.0)
-VIEW = pybullet.computeViewMatrix((1.05, 0.45, 0.45), (0.5, 0.0, 0.07), UP)  # for policies
-WIDE_VIEW = pybullet.computeViewMatrix((1.6, 0.75, 0.6), (0.33, 0.0, 0.26), UP)  # for people
-PROJECTION = pybullet.computeProjectionMatrixFOV(fov=38.0, aspect=1.0, nearVal=0.1, farVal=3.0)
-RENDERER = {"renderer": pybullet.ER_TINY_RENDERER, "flags": pybullet.ER_NO_SEGMENTATION_MASK}
+COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
 
 Feature = namedtuple("Feature", "unit low high text")  # most readings lie between low and high
 Space = namedtuple("Space", "low high shape dtype")  # as gymnasium.spaces.Box(*space) takes it
-COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
 
 
 def _require(fulfilled, words):
@@ -94,12 +70,11 @@ class Task:
     opens: bool = False  # PandaEnv: the gripper starts open and obeys actions, else it stays closed
 
     def __post_init__(self):
-        for name, sign, _ in (*self.stages, *self.success, *self.limits):
-            words = f"task {self.name}: a condition reads {name!r}, but the features are "
-            _require(name in self.features, words + ", ".join(self.features))
-            words = f"task {self.name}: a condition compares by {sign!r}; choose one of "
-            _require(sign in COMPARE, words + ", ".join(COMPARE))
-        # The LLM knows the number of steps from the goal alone.
+        for name, sign, value in (*self.stages, *self.success, *self.limits):
+            known = name in self.features and sign in COMPARE
+            choices = f"one of {', '.join(self.features)} by one of {', '.join(COMPARE)}"
+            _require(known, f"task {self.name}: {name} {sign} {value} must compare {choices}")
+        # The LLM learns the number of steps from the goal alone.
         said = self.steps == 1 or f"{self.steps} consecutive" in self.goal
         _require(said, f'task {self.name}: the goal must say "{self.steps} consecutive" steps')
 
@@ -155,15 +130,16 @@ def _start_push(uniform):
 
 
 def _panda_task(name, goal, features, **rest):
-    features = {feature: FEATURES[feature] for feature in features.split()}
-    robot = "a Franka Panda arm with a two-finger gripper over a table, and one block, a cube of "
+    robot = "a Franka Panda arm with a two-finger gripper over a table, and one block, "
+    robot += "a cube of 0.04 m and 50 g"
     details = (
         " with a\nfriction coefficient of 0.5. The arm is compliant: it pushes with newtons, not "
         "with hundreds of newtons. The robot acts\n20 times per second: it moves its hand's target "
         "by up to 0.01 m along each axis, at 0.3 m/s at most, and opens or closes\nthe gripper, "
         "which takes about 5 steps to grip a block."
     )
-    return Task(name, goal, features, robot=robot + "0.04 m and 50 g", details=details, **rest)
+    measured = {feature: FEATURES[feature] for feature in features.split()}
+    return Task(name, goal, measured, robot=robot, details=details, **rest)
 
 
 TOUCH = _panda_task(
@@ -208,36 +184,50 @@ PUSH = _panda_task(
 TASKS = {task.name: task for task in (TOUCH, GRASP, PUSH)}
 
 
+# The arm is compliant, like a real one in impedance mode: its motors pull the hand towards a target
+# just ahead of it, with capped torques. Gravity acts on the block alone, as if the arm's controller
+# compensated for the arm's weight.
+MAX_DELTA = 0.01  # m that an action of 1 moves the hand's target
+MAX_LEAD = 0.03  # m by which the target may lead the hand along each axis
+FINGER_FORCE = 3.0  # N per finger
+FINGER_MAX = 0.04  # m that a finger travels; the gripper opens by twice that
+BLOCK_HALF = 0.02  # half the block's edge, m
+BLOCK_MASS = 0.05  # kg
+BLOCK_FRICTION = 0.5  # 1.0 for table and fingers; Bullet multiplies the two
+WORKSPACE = np.array([[0.30, -0.25, 0.025], [0.75, 0.25, 0.35]])  # of the hand's target, m
+START_ERROR = 0.01  # m by which a start may lie outside the workspace, or the hand miss its start
+ARM, FINGERS, HAND = tuple(range(7)), (9, 10), 11  # in panda.urdf; HAND is between the fingertips
+VIEW = pybullet.computeViewMatrix((1.05, 0.45, 0.45), (0.5, 0, 0.07), (0, 0, 1))  # for policies
+WIDE_VIEW = pybullet.computeViewMatrix((1.6, 0.75, 0.6), (0.33, 0, 0.26), (0, 0, 1))  # for people
+PROJECTION = pybullet.computeProjectionMatrixFOV(fov=38.0, aspect=1.0, nearVal=0.1, farVal=3.0)
+RENDERER = {"renderer": pybullet.ER_TINY_RENDERER, "flags": pybullet.ER_NO_SEGMENTATION_MASK}
+
+
 class PandaEnv:
     """One Panda, one block and a task: a `Task`, or the name of one in TASKS.
 
-    Actions, (4,) in [-1, 1]: how far the hand's target moves along x, y and z, in units of
+    Actions, (4,), clipped to [-1, 1]: how far the hand's target moves along x, y and z, in units of
     MAX_DELTA; how far the gripper opens, from closed (-1) to open (1), if the task opens it.
     Observations: "pixels", uint8 (9, 84, 84), the last three RGB frames, oldest first; or "state",
-    float32 (24,) in [-10, 10]. A state holds lengths in units of 5 cm: hand (3, from the point
-    (0.5, 0, 0.1)), block minus hand (3), block minus its start (2), goal minus block (2), opening
-    of the gripper (1); target minus hand (3) in cm; velocities of hand (3) and block (3) in dm/s;
-    cosine and sine of four times the block's yaw (2); log(1 + 10 F) for the force F of the left and
-    the right finger in N (2).
+    float32 (24,) in [-10, 10], listed in `_observe`.
 
     The reward is 1.0 at each step at which success has held for `task.steps` steps and no limit has
     been broken yet, else 0.0. `info` holds `features`, `success` (whether the task has succeeded so
     far) and `is_success`, the same for Stable-Baselines3. Episodes last `task.horizon` steps.
     """
 
-    metadata: ClassVar = {"render_modes": ["rgb_array", "human"], "render_fps": round(1 / DT)}
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": round(1 / DT)}
 
     def __init__(self, task: Task | str, obs: str = "state", render_mode: str | None = None):
-        known = isinstance(task, Task) or task in TASKS
-        _require(known, f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
-        _require(obs in ("state", "pixels"), f"unknown obs {obs!r}: choose state or pixels")
-        modes = (None, *self.metadata["render_modes"])
-        _require(render_mode in modes, f"unknown render_mode {render_mode!r}: choose from {modes}")
-        self.task = task = task if isinstance(task, Task) else TASKS[task]
+        self.task = task = TASKS.get(task, task) if isinstance(task, str) else task
+        _require(isinstance(task, Task), f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
         _require(task.dt == DT, f"task {task.name}: a step lasts {DT} s here, not {task.dt} s")
         _require(task.start is not None, f"task {task.name}: PandaEnv needs its `start`")
         unknown = ", ".join(set(task.features) - set(FEATURES))
         _require(not unknown, f"task {task.name}: PandaEnv measures FEATURES, not {unknown}")
+        _require(obs in ("state", "pixels"), f"unknown obs {obs!r}: choose state or pixels")
+        modes = (None, *self.metadata["render_modes"])
+        _require(render_mode in modes, f"unknown render_mode {render_mode!r}: choose from {modes}")
         self.obs, self.render_mode = obs, render_mode
         self.action_space = Space(-1.0, 1.0, (4,), np.float32)
         self.observation_space = Space(-10.0, 10.0, (24,), np.float32)
@@ -253,17 +243,181 @@ class PandaEnv:
         self._end = weakref.finalize(self, self._sim.disconnect)
         self._build()
 
+    def reset(self, seed: int | None = None, options: dict | None = None):
+        """Starts an episode: returns (obs, info).
+
+        options: where to start instead of at random, in m: "hand" (x, y, z), "block" (x, y),
+        "goal" (x, y; by default the block's). Raises ValueError for places out of reach.
+        """
+        self._check_open()
+        sim = self._sim
+        if seed is not None:
+            self.np_random = np.random.default_rng(seed)
+        places = {**self.task.start(self.np_random.uniform), **(options or {})}
+        places.setdefault("goal", places["block"])
+        for name, place in places.items():
+            point = places[name] = np.array(place, dtype=float)
+            fits = point.shape == {"hand": (3,), "block": (2,), "goal": (2,)}.get(name)
+            _require(fits, f"{name} {place}: give hand (x, y, z), block (x, y), goal (x, y) in m")
+            off = math.dist(point, np.clip(point, *WORKSPACE[:, : point.size]))
+            _require(off < START_ERROR, f"{name} {place} lies {off:.2f} m outside the workspace")
+        self._target, self._goal = places["hand"], places["goal"]
+        self._block_start = places["block"]
+        self.t = self.task.horizon  # no episode has begun until the hand is there
+        # Contacts and motors are restored too, so that an episode depends on its start alone.
+        sim.restoreState(self._pristine)
+        finger = FINGER_MAX if self.task.opens else 0.0
+        angles = (0.0, 0.3, 0.0, -2.2, 0.0, 2.5, 0.785, finger, finger)  # rad, m
+        for _ in range(6):  # inverse kinematics continues from the last pose
+            for joint, angle in zip(ARM + FINGERS, angles):
+                sim.resetJointState(self._panda, joint, angle)
+            angles = self._inverse_kinematics(100)
+        place = sim.resetBasePositionAndOrientation
+        place(self._block, (*self._block_start, BLOCK_HALF), (0, 0, 0, 1))
+        if self._marker is not None:
+            place(self._marker, (*self._goal, 0.001), (0, 0, 0, 1))
+        self._forces = np.zeros(3)
+        self._observe()
+        off = math.dist(self._hand, self._target)
+        _require(off < START_ERROR, f"the hand cannot start there: it ends {off:.2f} m away")
+        self.t, self._held, self._done, self._broken, self._frames = 0, 0, False, False, []
+        return self._outcome()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Runs one control step. Raises RuntimeError when the episode is over."""
+        self._check_open()
+        started = time.perf_counter()
+        action = np.asarray(action, dtype=float)
+        fits = action.shape == (4,) and np.isfinite(action).all()
+        _require(fits, f"an action is 4 finite numbers, not {action}")
+        if self.t >= self.task.horizon:
+            raise RuntimeError("the episode is over: call reset() first")
+        self._move(np.clip(action, -1.0, 1.0))
+        self._observe()
+        self.t += 1
+        self._held = self._held + 1 if all(self._met(self.task.success)) else 0
+        done = self._held >= self.task.steps
+        self._done |= done
+        self._broken |= any(self._met(self.task.limits))
+        reward = float(done and not self._broken)
+        obs, info = self._outcome()
+        if self.render_mode == "human":
+            time.sleep(max(0.0, DT - (time.perf_counter() - started)))
+        return obs, reward, False, self.t >= self.task.horizon, info
+
+    def render(self) -> np.ndarray | None:
+        """An RGB frame, uint8 (480, 480, 3), in mode "rgb_array"; None in other modes."""
+        self._check_open()
+        if self.render_mode == "rgb_array":
+            return self._frame(480, WIDE_VIEW, shadow=1).transpose(1, 2, 0)
+
+    def close(self):
+        """Ends the simulation."""
+        self._end()
+
+    def _check_open(self):
+        if not self._end.alive:
+            raise RuntimeError("this environment is closed: make another PandaEnv")
+
+    def __reduce__(self):
+        raise TypeError("a PandaEnv cannot be copied or pickled: make another one")
+
+    def _move(self, action):
+        """Sets the motors' targets, runs the physics of a control step and measures forces."""
+        target = self._target + MAX_DELTA * action[:3]
+        target = np.clip(target, self._hand - MAX_LEAD, self._hand + MAX_LEAD)
+        self._target = np.clip(target, *WORKSPACE)
+        finger = 0.0
+        if self.task.opens:
+            wanted, now = FINGER_MAX * (action[3] + 1) / 2, self._opening / 2
+            finger = np.clip(wanted, now - 0.01, now + 0.01)
+        sim, position = self._sim, pybullet.POSITION_CONTROL
+        angles = self._inverse_kinematics(20)
+        drive = sim.setJointMotorControlArray
+        drive(self._panda, ARM, position, angles, forces=[5.0] * 7)  # N·m
+        drive(self._panda, FINGERS, position, [finger] * 2, forces=[FINGER_FORCE] * 2)
+        # Contacts flicker between substeps; the mean over the step is what a filtered sensor reads.
+        self._forces = np.zeros(3)  # N, of the rest of the arm, the left and the right finger
+        weight = (0, 0, -9.81 * BLOCK_MASS)
+        for _ in range(SUBSTEPS):
+            centre, _ = sim.getBasePositionAndOrientation(self._block)
+            sim.applyExternalForce(self._block, -1, weight, centre, pybullet.WORLD_FRAME)
+            sim.stepSimulation()
+            for contact in sim.getContactPoints(self._panda, self._block):
+                link, force = contact[3], contact[9]
+                part = 1 + FINGERS.index(link) if link in FINGERS else 0
+                self._forces[part] += force / SUBSTEPS
+
+    def _observe(self):
+        """Reads the simulation and derives the features and the state from it."""
+        link = self._sim.getLinkState(self._panda, HAND, 1, 1)  # with velocities, and up to date
+        hand, hand_velocity = np.array(link[0]), np.array(link[6])
+        position, (x, y, z, w) = self._sim.getBasePositionAndOrientation(self._block)
+        block, block_velocity = np.array(position), self._sim.getBaseVelocity(self._block)[0]
+        yaw = math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+        left, right = self._sim.getJointStates(self._panda, FINGERS)
+        opening = left[0] + right[0]
+        self._hand, self._block_position, self._opening = hand, block, opening
+        moved, ahead = block[:2] - self._block_start, self._goal - block[:2]
+        behind = block[:2] - hand[:2]
+        to_goal, beside = math.hypot(*ahead), math.hypot(*behind)
+        features = {
+            "hand_to_block": math.dist(hand, block),
+            "hand_beside_block": beside,
+            "hand_above_block": float(hand[2] - block[2]),
+            "hand_height": float(hand[2]),
+            "hand_speed": math.hypot(*hand_velocity),
+            "contact_force": float(self._forces.sum()),
+            "gripper_opening": opening,
+            "grip_force": float(min(self._forces[1:])),
+            "block_height": max(0.0, float(block[2]) - BLOCK_HALF),
+            "block_displacement": math.hypot(*moved),
+            "block_speed": math.hypot(*block_velocity),
+            "block_to_goal": to_goal,
+            "push_alignment": float(ahead @ behind) / max(to_goal * beside, 1e-9),
+        }
+        self._features = {name: features[name] for name in self.task.features}
+        lengths = np.concatenate((hand - (0.5, 0.0, 0.1), block - hand, moved, ahead, [opening]))
+        lead, speeds = self._target - hand, np.concatenate((hand_velocity, block_velocity))
+        turn = math.cos(4 * yaw), math.sin(4 * yaw)  # a cube looks the same every 90 degrees
+        grip = np.log1p(10 * self._forces[1:])  # of the left and the right finger
+        # Lengths in units of 5 cm, the target's lead in cm, speeds in dm/s.
+        state = np.concatenate((20 * lengths, 100 * lead, 10 * speeds, turn, grip))
+        self._state = np.clip(state, -10.0, 10.0).astype(np.float32)
+
+    def _met(self, conditions):
+        return [COMPARE[sign](self._features[name], value) for name, sign, value in conditions]
+
+    def _outcome(self):
+        success = self._done and not self._broken
+        info = {"features": self._features, "success": success, "is_success": success}
+        if self.obs == "state":
+            return self._state, info
+        frame = self._frame(84, VIEW)
+        self._frames = [*self._frames[1:], frame] if self._frames else [frame] * 3
+        return np.concatenate(self._frames), info
+
+    def _frame(self, size, view, shadow=0):
+        image = self._sim.getCameraImage(size, size, view, PROJECTION, shadow=shadow, **RENDERER)
+        frame = np.reshape(image[2], (size, size, 4))[:, :, :3].transpose(2, 0, 1)
+        return np.ascontiguousarray(frame, dtype=np.uint8)
+
+    def _inverse_kinematics(self, iterations):
+        down = (1.0, 0.0, 0.0, 0.0)  # quaternion xyzw: the hand points down
+        solve, target = self._sim.calculateInverseKinematics, self._target
+        return solve(self._panda, HAND, target, down, maxNumIterations=iterations)[:7]
+
     def _build(self):
-        sim, data = self._sim, Path(pybullet_data.getDataPath())
+        sim, data = self._sim, pybullet_data.getDataPath()
         # Otherwise the order in which contacts are solved depends on earlier episodes.
         sim.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         sim.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
         sim.resetDebugVisualizerCamera(0.8, 60, -25, (0.5, 0.0, 0.05))
-        sim.loadURDF(str(data / "plane.urdf"))
+        sim.loadURDF(f"{data}/plane.urdf")
+        urdf = Path(f"{data}/franka_panda/panda.urdf").read_text()
+        urdf = urdf.replace("package://", f"{data}/franka_panda/")
         # People see the visual meshes. Policies see the collision meshes, of the same shape but
         # with a hundredth of the triangles, which load and render several times faster.
-        urdf = (data / "franka_panda" / "panda.urdf").read_text()
-        urdf = urdf.replace("package://", f"{data}/franka_panda/")
         if self.render_mode is None or self.obs == "pixels":
             urdf = urdf.replace("meshes/visual/", "meshes/collision/")
         with tempfile.TemporaryDirectory() as folder:
@@ -284,180 +438,6 @@ class PandaEnv:
             self._marker = sim.createMultiBody(0, -1, green)
         self._pristine = sim.saveState()
 
-    def close(self):
-        """Ends the simulation."""
-        self._end()
-
-    def _check_open(self):
-        if not self._end.alive:
-            raise RuntimeError("this environment is closed: make another PandaEnv")
-
-    def __reduce__(self):
-        raise TypeError("a PandaEnv cannot be copied or pickled: make another one")
-
-    def reset(self, seed: int | None = None, options: dict | None = None):
-        """Starts an episode: returns (obs, info).
-
-        seed: of the generator that draws starts. options: places to start at instead, in m: "hand"
-        (x, y, z), "block" (x, y), "goal" (x, y; by default the block's). Raises ValueError for
-        places outside the workspace or the hand's reach.
-        """
-        self._check_open()
-        if seed is not None:
-            self.np_random = np.random.default_rng(seed)
-        places = {**self.task.start(self.np_random.uniform), **(options or {})}
-        places = {"goal": places["block"], **places}
-        for name, place in places.items():
-            _require(name in PLACES, f"unknown start {name!r}: choose from {', '.join(PLACES)}")
-            point = places[name] = np.array(place, dtype=float)
-            fits = point.shape == (PLACES[name],) and np.isfinite(point).all()
-            _require(fits, f"{name} starts at {PLACES[name]} finite numbers, in m, not {place}")
-            off = math.dist(point, np.clip(point, *WORKSPACE[:, : point.size]))
-            _require(off < START_ERROR, f"{name} {place} lies {off:.2f} m outside the workspace")
-        self._target = places["hand"]
-        self._block_start, self._goal = places["block"], places["goal"]
-        self.t = self.task.horizon  # no episode has begun until the hand is there
-        # Contacts and motors are restored too, so that an episode depends on its start alone.
-        self._sim.restoreState(self._pristine)
-        finger = FINGER_MAX if self.task.opens else 0.0
-        self._pose(ARM + FINGERS, (*HOME, finger, finger))
-        for _ in range(5):
-            self._pose(ARM, self._inverse_kinematics(100))
-        place = self._sim.resetBasePositionAndOrientation
-        place(self._block, (*self._block_start, BLOCK_HALF), (0, 0, 0, 1))
-        if self._marker is not None:
-            place(self._marker, (*self._goal, 0.001), (0, 0, 0, 1))
-        self._forces = np.zeros(3)
-        self._observe()
-        off = math.dist(self._hand, self._target)
-        _require(off < START_ERROR, f"the hand cannot start there: it ends {off:.2f} m away")
-        self.t, self._held, self._done, self._broken = 0, 0, False, False
-        if self.obs == "pixels":
-            self._frames = [self._frame(84, VIEW)] * 3
-        return self._outcome(False)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Runs one control step: returns (obs, reward, terminated, truncated, info).
-
-        action: (4,), clipped to [-1, 1]. Raises RuntimeError when the episode is over.
-        """
-        self._check_open()
-        started = time.perf_counter()
-        action = np.asarray(action, dtype=float)
-        if action.shape != (4,) or not np.isfinite(action).all():
-            raise ValueError(f"an action is 4 finite numbers, not {action}")
-        if self.t >= self.task.horizon:
-            raise RuntimeError("the episode is over: call reset() first")
-        self._set_motors(np.clip(action, -1.0, 1.0))
-        self._simulate()
-        self.t += 1
-        self._observe()
-        reward, success = self._judge()
-        if self.obs == "pixels":
-            self._frames = [*self._frames[1:], self._frame(84, VIEW)]
-        if self.render_mode == "human":
-            time.sleep(max(0.0, DT - (time.perf_counter() - started)))
-        obs, info = self._outcome(success)
-        return obs, reward, False, self.t >= self.task.horizon, info
-
-    def render(self) -> np.ndarray | None:
-        """An RGB frame, uint8 (480, 480, 3), in mode "rgb_array"; None in other modes."""
-        self._check_open()
-        if self.render_mode == "rgb_array":
-            return self._frame(480, WIDE_VIEW, shadow=1).transpose(1, 2, 0)
-
-    def _frame(self, size, view, shadow=0):
-        image = self._sim.getCameraImage(size, size, view, PROJECTION, shadow=shadow, **RENDERER)
-        frame = np.reshape(image[2], (size, size, 4))[:, :, :3].transpose(2, 0, 1)
-        return np.ascontiguousarray(frame, dtype=np.uint8)
-
-    def _pose(self, joints, angles):
-        for joint, angle in zip(joints, angles):
-            self._sim.resetJointState(self._panda, joint, angle)
-
-    def _inverse_kinematics(self, iterations):
-        solve, target = self._sim.calculateInverseKinematics, self._target
-        return solve(self._panda, HAND, target, POINT_DOWN, maxNumIterations=iterations)[:7]
-
-    def _set_motors(self, action):
-        near = self._hand - MAX_LEAD, self._hand + MAX_LEAD
-        self._target = np.clip(self._target + MAX_DELTA * action[:3], *near)
-        self._target = np.clip(self._target, *WORKSPACE)
-        finger = 0.0
-        if self.task.opens:
-            wanted, now = FINGER_MAX * (action[3] + 1) / 2, self._opening / 2
-            finger = min(max(wanted, now - FINGER_LEAD), now + FINGER_LEAD)
-        drive, mode = self._sim.setJointMotorControlArray, pybullet.POSITION_CONTROL
-        angles = self._inverse_kinematics(20)
-        drive(self._panda, ARM, mode, angles, forces=(MAX_TORQUE,) * 7)
-        drive(self._panda, FINGERS, mode, (finger,) * 2, forces=(FINGER_FORCE,) * 2)
-
-    def _simulate(self):
-        # Contacts flicker between substeps; the mean over the step is what a filtered sensor reads.
-        self._forces = np.zeros(3)  # N, of the rest of the arm, the left and the right finger
-        weight = (0, 0, -9.81 * BLOCK_MASS)
-        for _ in range(SUBSTEPS):
-            centre, _ = self._sim.getBasePositionAndOrientation(self._block)
-            self._sim.applyExternalForce(self._block, -1, weight, centre, pybullet.WORLD_FRAME)
-            self._sim.stepSimulation()
-            for contact in self._sim.getContactPoints(self._panda, self._block):
-                link, force = contact[3], contact[9]
-                part = 1 + FINGERS.index(link) if link in FINGERS else 0
-                self._forces[part] += force / SUBSTEPS
-
-    def _observe(self):
-        """Reads the simulation and derives the features and the state from it."""
-        sim, start, goal = self._sim, self._block_start, self._goal
-        link = sim.getLinkState(self._panda, HAND, 1, 1)  # with velocities, and up to date
-        hand, hand_velocity = np.array(link[0]), np.array(link[6])
-        position, (x, y, z, w) = sim.getBasePositionAndOrientation(self._block)
-        block, block_velocity = np.array(position), np.array(sim.getBaseVelocity(self._block)[0])
-        yaw = math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
-        left, right = sim.getJointStates(self._panda, FINGERS)
-        self._hand, self._block_position, self._opening = hand, block, left[0] + right[0]
-        moved, ahead, behind = block[:2] - start, goal - block[:2], block[:2] - hand[:2]
-        to_goal, beside = math.hypot(*ahead), math.hypot(*behind)
-        features = {
-            "hand_to_block": math.dist(hand, block),
-            "hand_beside_block": beside,
-            "hand_above_block": float(hand[2] - block[2]),
-            "hand_height": float(hand[2]),
-            "hand_speed": math.hypot(*hand_velocity),
-            "contact_force": float(self._forces.sum()),
-            "gripper_opening": self._opening,
-            "grip_force": float(min(self._forces[1:])),
-            "block_height": max(0.0, float(block[2]) - BLOCK_HALF),
-            "block_displacement": math.hypot(*moved),
-            "block_speed": math.hypot(*block_velocity),
-            "block_to_goal": to_goal,
-            "push_alignment": float(ahead @ behind) / max(to_goal * beside, 1e-9),
-        }
-        self._features = {name: features[name] for name in self.task.features}
-        middle = (0.5, 0.0, 0.1)
-        lengths = np.concatenate((hand - middle, block - hand, moved, ahead, [self._opening]))
-        speeds = np.concatenate((hand_velocity, block_velocity))
-        turned = math.cos(4 * yaw), math.sin(4 * yaw)
-        forces = np.log1p(10 * self._forces[1:])
-        lead = self._target - hand
-        state = np.concatenate((20 * lengths, 100 * lead, 10 * speeds, turned, forces))
-        self._state = np.clip(state, -10.0, 10.0).astype(np.float32)
-
-    def _judge(self):
-        """The sparse reward of this step, and whether the task has succeeded so far."""
-
-        def met(conditions):
-            return [COMPARE[sign](self._features[name], value) for name, sign, value in conditions]
-
-        self._broken |= any(met(self.task.limits))
-        self._held = self._held + 1 if all(met(self.task.success)) else 0
-        done = self._held >= self.task.steps
-        self._done |= done
-        return float(done and not self._broken), self._done and not self._broken
-
-    def _outcome(self, success):
-        obs = np.concatenate(self._frames) if self.obs == "pixels" else self._state
-        return obs, {"features": self._features, "success": success, "is_success": success}
-
 
 def check_env(env, task) -> np.ndarray:
     """Checks that `train` can use `env`; returns the features (N, F) of two random episodes.
@@ -466,50 +446,42 @@ def check_env(env, task) -> np.ndarray:
     Raises ValueError, which names what `env` has to change.
     """
 
-    def check(fulfilled, words):
-        _require(fulfilled, f"{type(env).__name__}: {words}")
+    actions, space, names = env.action_space, env.observation_space, list(task.features)
+    low, high = (np.asarray(getattr(actions, bound, None)) for bound in ("low", "high"))
+    fits = len(actions.shape or ()) == 1 and np.all(low == -1) and np.all(high == 1)
+    _require(fits, "actions must be a Box (n,) from -1 to 1: see gymnasium.wrappers.RescaleAction")
+    shape, dtype = tuple(space.shape or ()), np.dtype(space.dtype)
+    # The convolutions of DrQ-v2's encoder need 23 pixels.
+    image = dtype == np.uint8 and len(shape) == 3 and shape[0] == 9 and shape[1] == shape[2] >= 23
+    words = f"observations must be floats (n,) or uint8 (9, H, H), H >= 23, not {dtype} {shape}"
+    _require(image or (dtype.kind == "f" and len(shape) == 1), words)
 
-    def check_observation(obs, when):
-        check(isinstance(obs, np.ndarray), f"the observation of {when} must be a numpy array")
-        words = f"the observation of {when} is {obs.dtype} {obs.shape}, but observation_space says "
-        check(obs.dtype == dtype and obs.shape == shape, f"{words}{dtype} {shape}")
-        check(np.isfinite(obs).all(), f"the observation of {when} holds NaN or infinity")
+    def check_obs(obs, when):
+        found = f"{obs.dtype} {obs.shape}" if isinstance(obs, np.ndarray) else type(obs).__name__
+        words = f"the observation of {when} must be a numpy array, {dtype} {shape}, not {found}"
+        _require(found == f"{dtype} {shape}", words)
+        _require(np.isfinite(obs).all(), f"the observation of {when} holds NaN or infinity")
 
-    space = env.action_space
-    low, high = (np.asarray(getattr(space, bound, None)) for bound in ("low", "high"))
-    fits = len(space.shape or ()) == 1 and np.all(low == -1) and np.all(high == 1)
-    check(fits, "actions must be a Box (n,) from -1 to 1: see gymnasium.wrappers.RescaleAction")
-    shape, dtype = tuple(env.observation_space.shape or ()), np.dtype(env.observation_space.dtype)
-    image = dtype == np.uint8 and len(shape) == 3 and shape == (9, shape[1], shape[1])
-    fits = image or (dtype.kind == "f" and len(shape) == 1)
-    check(fits, f"observations must be floats (n,) or uint8 (9, H, H), not {dtype} {shape}")
     rows, limit = [], LONGEST_EPISODE * task.horizon
     for seed in (0, 1):
         rng, steps, over = np.random.default_rng(seed), 0, False
-        try:
-            answer = env.reset(seed=seed)
-        except TypeError as error:
-            raise ValueError(f"{type(env).__name__}: reset(seed={seed}) fails: {error}") from error
-        check(isinstance(answer, tuple) and len(answer) == 2, "reset must return (obs, info)")
-        check_observation(answer[0], "reset")
+        answer = env.reset(seed=seed)
+        _require(isinstance(answer, tuple) and len(answer) == 2, "reset must return (obs, info)")
+        check_obs(answer[0], "reset")
         while not over:
             steps += 1
-            check(steps <= limit, f"an episode goes on after {limit} steps: truncate it")
-            answer = env.step(rng.uniform(-1, 1, space.shape).astype(np.float32))
-            five = len(answer) == 5 and isinstance(answer[4], dict)
-            check(five, "step must return (obs, reward, terminated, truncated, info)")
-            obs, reward, terminated, truncated, info = answer
-            check_observation(obs, f"step {steps}")
-            check(isinstance(reward, Real) and math.isfinite(reward), "rewards must be finite")
+            _require(steps <= limit, f"an episode goes on after {limit} steps: truncate it")
+            action = rng.uniform(-1, 1, actions.shape).astype(np.float32)
+            obs, reward, terminated, truncated, info = env.step(action)
+            check_obs(obs, f"step {steps}")
             bools = {type(terminated), type(truncated), type(info.get("success"))}
-            words = "terminated, truncated and info['success'] must be bools"
-            check(bools <= {bool, np.bool_}, words)
-            features, names = info.get("features"), list(task.features)
+            _require(bools <= {bool, np.bool_}, "terminated, truncated, success must be bools")
+            features = info.get("features")
             same = isinstance(features, dict) and list(features) == names
-            check(same, f"info['features'] must hold {', '.join(names)}, in this order: {features}")
-            for name, value in features.items():
+            _require(same, f"info['features'] must hold {names} in this order, not {features}")
+            for name, value in {"the reward": reward, **features}.items():
                 finite = isinstance(value, Real) and math.isfinite(value)
-                check(finite, f"the feature {name} must be a finite float, not {value!r}")
+                _require(finite, f"{name} must be a finite number, not {value!r}")
             rows.append(list(features.values()))
             over = terminated or truncated
     return np.array(rows, dtype=float)

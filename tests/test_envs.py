@@ -1,7 +1,6 @@
 """The physics and what the tasks promise, Gymnasium's contract, and what is refused."""
 
 import copy
-import dataclasses
 import math
 import os
 import pickle
@@ -10,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def play(env, policy, seed=0, options=None):
     steps = [env.step(policy(t)) for t in range(env.task.horizon)]
     compare = {">": float.__gt__, ">=": float.__ge__, "<=": float.__le__}
     held, done, failed = 0, False, False
-    for _, reward, terminated, _, info in steps:
+    for t, (_, reward, terminated, truncated, info) in enumerate(steps):
         f = info["features"]
         failed |= any(compare[sign](f[name], value) for name, sign, value in env.task.limits)
         holds = all(compare[sign](f[name], value) for name, sign, value in env.task.success)
@@ -68,7 +68,7 @@ def play(env, policy, seed=0, options=None):
         done |= held >= env.task.steps
         assert reward == float(held >= env.task.steps and not failed) and type(reward) is float
         assert info["success"] is info["is_success"] is (done and not failed)
-        assert not terminated
+        assert not terminated and truncated == (t == env.task.horizon - 1)
     return [step[-1] for step in steps]
 
 
@@ -105,67 +105,63 @@ def test_same_seed_same_bytes(env, make):
     assert trace(env, push, seed=0, options=side) == first
 
 
-def test_observations_and_info(env):
+def test_observations_and_features(env):
+    assert env.action_space == (-1, 1, (4,), np.float32)
+    assert env.observation_space == (-10, 10, (24,), np.float32)
     blocks = set()
     for seed in range(20):
         obs, info = env.reset(seed=seed)
         blocks.add(tuple(env._block_position))
-        assert obs.shape == env.observation_space.shape and obs.dtype == np.float32
+        assert obs.shape == (24,) and obs.dtype == np.float32
         assert math.dist(env._hand, env._target) < 2e-3
         assert not info["success"] and not info["is_success"]
+        assert list(info["features"]) == list(env.task.features)
+        assert all(type(value) is float for value in info["features"].values())
     assert len(blocks) == 20
-    for t in range(EPISODE_STEPS):
-        _, _, _, truncated, info = env.step(np.full(4, 0.5))
-        features = info["features"]
-        assert list(features) == list(env.task.features)
-        assert all(type(value) is float and math.isfinite(value) for value in features.values())
-        assert truncated == (t == EPISODE_STEPS - 1)
-    with pytest.raises(RuntimeError, match="reset"):
-        env.step(STILL)
 
 
-def test_horizon_of_the_task(make):
-    env = make(dataclasses.replace(TASKS["push"], horizon=7))
-    with pytest.raises(RuntimeError, match="reset"):
-        env.step(STILL)
-    env.reset(seed=0)
-    assert [env.step(STILL)[3] for _ in range(7)] == [False] * 6 + [True]
-
-
-def test_spaces(make):
-    assert make("push").action_space == (-1, 1, (4,), np.float32)
-    assert make("push").observation_space == (-10, 10, (24,), np.float32)
-    assert make("push", "pixels").observation_space == (0, 255, (9, 84, 84), np.uint8)
-
-
-def test_bad_arguments(make):
-    push = TASKS["push"]
-    feature = {**push.features, "wind": Feature("m/s", 0, 1, "wind")}
-    for args, words in (
-        (("fly",), "touch, grasp, push"),
-        (("touch", "sound"), "state or pixels"),
-        (("touch", "state", "film"), "rgb_array"),
-        ((dataclasses.replace(push, dt=0.1),), "lasts 0.05 s here, not 0.1 s"),
-        ((dataclasses.replace(push, start=None),), "needs its `start`"),
-        ((dataclasses.replace(push, features=feature),), "FEATURES, not wind"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            PandaEnv(*args)
-    env = make("touch")
-    env.reset(seed=0)
-    for action in ([0, 0, 0], [0, 0, 0, math.nan], [[0, 0, 0, 0]], [math.inf, 0, 0, 0]):
+def test_steps_that_are_refused(make):
+    env = make(replace(TASKS["push"], horizon=7))
+    for begin in (lambda: None, lambda: play(env, lambda t: STILL)):
+        begin()
+        with pytest.raises(RuntimeError, match="reset"):
+            env.step(STILL)
+    for action in ([0, 0, 0], [0, 0, 0, math.nan], [STILL], [math.inf, 0, 0, 0]):
         with pytest.raises(ValueError, match="4 finite numbers"):
             env.step(action)
 
 
 @pytest.mark.parametrize(
+    "parts, words",
+    [
+        ({"task": "fly"}, "'fly'.* touch, grasp, push"),
+        ({"obs": "sound"}, "state or pixels"),
+        ({"render_mode": "film"}, "rgb_array"),
+        ({"dt": 0.1}, "lasts 0.05 s here, not 0.1 s"),
+        ({"start": None}, "needs its `start`"),
+        ({"features": {**TASKS["push"].features, "wind": None}}, "FEATURES, not wind"),
+        ({"success": (("block_height", ">", 0.1),)}, "block_height > 0.1 must .* hand_to_block"),
+        ({"limits": (("hand_speed", "==", 0.1),)}, "== 0.1 must .* by one of >, >=, <="),
+        ({"stages": (("wind", ">", 1),)}, "wind > 1"),
+        ({"steps": 4}, 'goal must say "4 consecutive"'),
+    ],
+)
+def test_bad_tasks_and_arguments(parts, words):
+    with pytest.raises(ValueError, match=words):
+        if parts.keys() & {"task", "obs", "render_mode"}:
+            PandaEnv(**{"task": "push", **parts})
+        else:
+            PandaEnv(replace(TASKS["push"], **parts))
+
+
+@pytest.mark.parametrize(
     "options, words",
     [
-        ({"sun": (0, 0)}, "hand, block, goal"),
-        ({"hand": (0.5, 0, math.nan)}, "hand starts at 3 finite"),
-        ({"block": (0.5, 0, 0.02)}, "block starts at 2 finite"),
-        ({"goal": (math.inf, 0)}, "goal starts at 2 finite"),
-        ({"hand": (1.5, 0, 0.1)}, r"0.75 m outside"),
+        ({"sun": (0, 0)}, r"sun \(0, 0\): give hand \(x, y, z\), block"),
+        ({"block": (0.5, 0, 0.02)}, "block .* give hand"),
+        ({"hand": (0.5, 0, math.nan)}, "hand .*nan.* outside the workspace"),
+        ({"goal": (math.inf, 0)}, "goal .*inf.* outside"),
+        ({"hand": (1.5, 0, 0.1)}, "0.75 m outside"),
         ({"hand": (0.5, 0, -0.1)}, "outside the workspace"),
         ({"block": (0.0, 0.0)}, "0.30 m outside"),
         ({"hand": (0.75, 0.25, 0.35)}, "hand cannot start there: it ends 0.0[1-9] m away"),
@@ -184,14 +180,10 @@ def test_impossible_starts(make, options, words):
 
 
 def test_closed_stays_closed(make):
-    env = make("touch", render_mode="rgb_array")
-    env.reset(seed=0)
-    env.step(STILL)
+    env = make("touch")
     env.close()
-    other = make("touch")
-    other.reset(seed=1)
+    other = make("touch")  # PyBullet gives it the closed one's number
     before = trace(other, [STILL] * 3, seed=1)
-    other.reset(seed=1)
     for method, *args in ((env.step, STILL), (env.reset,), (env.render,)):
         with pytest.raises(RuntimeError, match="closed"):
             method(*args)
@@ -200,31 +192,13 @@ def test_closed_stays_closed(make):
     assert trace(other, [STILL] * 3, seed=1) == before
 
 
-def test_copies_are_refused(make):
+def test_copies(make):
     env = make("touch")
     for copying in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="PandaEnv cannot be copied"):
             copying(env)
-    env.reset(seed=0)
-
-
-def test_tasks_are_pickled():
-    for task in TASKS.values():
+    for task in TASKS.values():  # goes to the worker processes
         assert pickle.loads(pickle.dumps(task)) == task
-
-
-def test_contradictory_tasks():
-    for parts, words in (
-        (
-            {"success": (("block_height", ">", 0.1),)},
-            "'block_height', .* are hand_to_block",
-        ),
-        ({"limits": (("hand_speed", "==", 0.1),)}, "'==.; choose one of >, >=, <="),
-        ({"stages": (("wind", ">", 1),)}, "'wind'"),
-        ({"steps": 4}, 'goal must say "4 consecutive"'),
-    ):
-        with pytest.raises(ValueError, match=words):
-            dataclasses.replace(TASKS["push"], **parts)
 
 
 def test_gymnasium(env, tmp_path):
@@ -236,11 +210,12 @@ def test_gymnasium(env, tmp_path):
 
     wrapped = GymPanda(env.task, render_mode="rgb_array")
     env_checker.check_env(wrapped)
-    assert check_env(wrapped, env.task).shape == (2 * EPISODE_STEPS, len(env.task.features))
+    rows = check_env(wrapped, env.task)
+    assert rows.shape == (2 * EPISODE_STEPS, len(env.task.features))
+    assert len(np.unique(rows, axis=0)) == len(rows)  # the two episodes differ
     vector = gymnasium.vector.AsyncVectorEnv([lambda: GymPanda(env.task)] * 2)
-    assert vector.reset(seed=[1, 2])[0].tobytes() == b"".join(
-        env.reset(seed=seed)[0].tobytes() for seed in (1, 2)
-    )
+    alone = [env.reset(seed=seed)[0] for seed in (1, 2)]
+    np.testing.assert_array_equal(vector.reset(seed=[1, 2])[0], alone)
     vector.close()
     if env.task.name == "touch":
         pytest.importorskip("moviepy")
@@ -251,25 +226,20 @@ def test_gymnasium(env, tmp_path):
         film.close()
         assert [path.stat().st_size > 1000 for path in tmp_path.glob("*.mp4")] == [True]
     checker = pytest.importorskip("stable_baselines3.common.env_checker")
-    again = GymPanda(env.task)
-    checker.check_env(again)
-    again.close()
-    wrapped.close()
+    checker.check_env(GymPanda(env.task))
 
 
 # An environment of one's own
 
 
 class Cart:
-    """Brakes a point; each test spoils one attribute or one part of what it returns."""
+    """Brakes a point; each test spoils one attribute, or one part of what step 3 returns."""
 
-    task = Task(
-        "brake", "Stop.", {"x": Feature("m", 0, 1, "x"), "v": Feature("m/s", 0, 1, "v")}, ()
-    )
-    task = dataclasses.replace(task, horizon=5)
+    v = Feature("m/s", 0, 1, "speed")
+    task = Task("brake", "Stop.", {"x": Feature("m", 0, 1, "place"), "v": v}, (), horizon=5)
     action_space = Space(-1.0, 1.0, (1,), np.float32)
     observation_space = Space(-9.0, 9.0, (2,), np.float32)
-    length, terminates, first, spoil_at = 5, False, np.zeros(2, np.float32), 3
+    length, terminates, first = 5, False, np.zeros(2, np.float32)
 
     def __init__(self, **spoilt):
         self.spoilt = spoilt
@@ -284,33 +254,31 @@ class Cart:
         assert action.shape == (1,) and action.dtype == np.float32 and abs(action[0]) <= 1
         self.t += 1
         over = self.t >= self.length
-        info = {"success": np.bool_(False), "features": {"x": float(self.t), "v": np.float32(0.5)}}
-        answer = {"obs": np.full(2, self.t, np.float32), "reward": 0.0}
-        answer.update(terminated=over and self.terminates, truncated=over and not self.terminates)
-        for name, value in self.spoilt.items() if self.t == self.spoil_at else ():
-            if name in answer or name == "more":
-                answer[name] = value
-            elif name in info:
-                info[name] = value
-        return (*answer.values(), info)
+        parts = {"obs": np.full_like(self.first, self.t), "reward": 0.0}
+        parts |= {"terminated": over and self.terminates, "truncated": over and not self.terminates}
+        parts |= {"features": {"x": float(self.t), "v": np.float32(0.5)}, "success": np.bool_(0)}
+        if self.t == 3:
+            parts |= {name: self.spoilt[name] for name in self.spoilt.keys() & parts.keys()}
+        info = {name: parts.pop(name) for name in ("features", "success")}
+        return (*parts.values(), info)
 
 
-@pytest.mark.parametrize("length", [1, 4, 5, 12, 50])
 @pytest.mark.parametrize("terminates", [False, True])
+@pytest.mark.parametrize("length", [1, 4, 12, 50])
 def test_check_env_takes_episodes_of_any_length(length, terminates):
     rows = check_env(Cart(length=length, terminates=terminates), Cart.task)
     assert rows.dtype == float
     np.testing.assert_array_equal(rows, [[t + 1, 0.5] for t in range(length)] * 2)
 
 
-@pytest.mark.parametrize("size", [84, 64])
-def test_check_env_takes_images_and_arrays_as_bounds(size):
-    image = np.zeros((9, size, size), np.uint8)
-    space = Space(0, 255, image.shape, np.uint8)
+def images(*shape):
+    return {"observation_space": Space(0, 255, shape, np.uint8), "first": np.zeros(shape, np.uint8)}
+
+
+def test_check_env_takes_small_images_and_arrays_as_bounds():
     actions = Space(np.full(1, -1.0), np.full(1, 1.0), (1,), np.float32)
-    cart = Cart(observation_space=space, first=image, length=1, spoil_at=1, obs=image)
-    cart.action_space = actions
-    assert check_env(cart, Cart.task).shape == (2, 2)
+    cart = Cart(action_space=actions, **images(9, 23, 23))
+    assert check_env(cart, Cart.task).shape == (10, 2)
 
 
 @pytest.mark.parametrize(
@@ -322,43 +290,28 @@ def test_check_env_takes_images_and_arrays_as_bounds(size):
         ({"action_space": Space(None, None, (), np.int64)}, "Box"),
         ({"observation_space": Space(-9, 9, (2,), np.int64)}, "floats .n,. or uint8"),
         ({"observation_space": Space(-9, 9, (2, 1), np.float32)}, "floats .n,. or uint8"),
-        ({"observation_space": Space(0, 255, (9, 84, 80), np.uint8)}, "9, H, H"),
-        ({"observation_space": Space(0, 255, (3, 84, 84), np.uint8)}, "9, H, H"),
-        ({"first": np.zeros(3, np.float32)}, r"reset is float32 \(3,\), .* float32 \(2,\)"),
-        ({"first": np.zeros(2)}, "reset is float64"),
+        (images(9, 84, 80), "9, H, H"),
+        (images(9, 22, 22), "H >= 23, not uint8 .9, 22, 22"),
+        ({"first": np.zeros(3, np.float32)}, r"reset .* float32 \(2,\), not float32 \(3,\)"),
         ({"first": np.float32([0, math.inf])}, "reset holds NaN"),
-        ({"obs": np.zeros((2, 1), np.float32)}, r"step 3 is float32 \(2, 1\)"),
-        ({"obs": [0.0, 0.0]}, "numpy array"),
-        ({"obs": np.zeros(2, np.uint8)}, "step 3 is uint8"),
+        ({"obs": [0.0, 0.0]}, "step 3 must be a numpy array.* not list"),
+        ({"obs": np.zeros(2, np.uint8)}, "step 3 .* not uint8"),
         ({"obs": np.float32([0, math.nan])}, "step 3 holds NaN"),
-        ({"reward": math.nan}, "rewards"),
-        ({"truncated": None}, "bools"),
-        ({"success": None}, "success.* must be bools"),
-        ({"success": 1.0}, "success.* must be bools"),
-        ({"features": None}, "must hold x, v, in this order: None"),
-        ({"features": {"x": 0.0}}, "must hold x, v"),
-        ({"features": {"v": 0.0, "x": 0.0}}, "must hold x, v, in this order"),
-        ({"features": {"x": 0.0, "v": 0.0, "w": 0.0}}, "must hold x, v"),
-        ({"features": {"x": 0.0, "v": math.nan}}, "feature v must be a finite float, not nan"),
-        ({"features": {"x": "0", "v": 0.0}}, "feature x must be a finite float"),
+        ({"reward": math.nan}, "reward must be a finite number, not nan"),
+        ({"truncated": None}, "must be bools"),
+        ({"success": 1.0}, "success must be bools"),
+        ({"features": None}, "must hold .*'x', 'v'.* in this order, not None"),
+        ({"features": {"v": 0.0, "x": 0.0}}, "in this order"),
+        ({"features": {"x": 0.0, "v": 0.0, "w": 0.0}}, "must hold"),
+        ({"features": {"x": 0.0, "v": math.nan}}, "v must be a finite number, not nan"),
+        ({"features": {"x": "0", "v": 0.0}}, "x must be a finite number, not '0'"),
         ({"length": 51}, "goes on after 50 steps"),
-        ({"more": 0}, "step must return"),
-        ({"reset": lambda options=None: None}, "reset.seed=0. fails"),
         ({"reset": lambda seed: np.zeros(2, np.float32)}, r"reset must return \(obs, info\)"),
     ],
 )
 def test_check_env_names_the_fault(spoilt, words):
-    with pytest.raises(ValueError, match=words) as raised:
+    with pytest.raises(ValueError, match=words):
         check_env(Cart(**spoilt), Cart.task)
-    assert "Cart: " in str(raised.value)
-
-
-def test_check_env_knows_panda_env(make):
-    for obs in ("state", "pixels"):
-        rows = check_env(make("grasp", obs), TASKS["grasp"])
-        assert rows.shape == (100, 9) and len(np.unique(rows, axis=0)) == 100
-    with pytest.raises(ValueError, match="block_to_goal, push_alignment, in this order"):
-        check_env(make("touch"), TASKS["push"])
 
 
 # The physics
@@ -384,7 +337,7 @@ def test_friction_and_compliance(make):
     above = {"hand": (0.5, 0.0, 0.1), "block": (0.5, 0.0)}
     infos = play(env, lambda t: [0, 0, -1, 0], options=above)
     assert 2 < np.median(series(infos, "contact_force")[-20:]) < 20
-    assert (series(infos, "contact_force") > 0.01).sum() > 10 and not infos[-1]["success"]
+    assert not infos[-1]["success"]
 
 
 @pytest.mark.parametrize("axis, sign", [(0, 1), (0, -1), (1, 1), (1, -1), (2, 1)])
@@ -393,7 +346,7 @@ def test_actions_move_the_hand(make, axis, sign):
     env.reset(seed=0, options={"hand": (0.5, 0.0, 0.15), "block": (0.5, 0.1)})
     action[axis] = sign
     for _ in range(12):
-        obs, _, _, _, info = env.step(action)
+        obs, *_, info = env.step(action)
         hands.append(env._hand)
         velocities.append(obs[14:17] / 10)
         speeds.append(info["features"]["hand_speed"])
@@ -415,11 +368,8 @@ def test_target_stays_near_and_in_the_workspace(env):
         hand, target = env._hand, env._target
         env.step([1, 1, -1, 0] if t < 25 else [-1, -1, 1, 0])
         assert (WORKSPACE[0] <= env._target).all() and (env._target <= WORKSPACE[1]).all()
-        assert (
-            np.abs(env._target - target).max() <= envs.MAX_DELTA + 1e-9
-            or (target < WORKSPACE[0]).any()
-        )
-        assert np.abs(env._target - hand).max() <= envs.MAX_LEAD + 1e-9
+        assert np.abs(env._target - target).max() <= 0.01 + 1e-9 or (target < WORKSPACE[0]).any()
+        assert np.abs(env._target - hand).max() <= 0.03 + 1e-9
 
 
 def pose(env, hand=(0.44, 0.05, 0.04), block=(0.5, 0.02, 0.02), start=None, goal=(0.6, -0.1)):
@@ -441,9 +391,8 @@ def test_posed_scene(make):
     near = [20 * 2e-3] * 11 + [0.2] * 3 + [1e-3] * 10  # inverse kinematics misses by up to 2 mm
     assert (np.abs(state - expected) < near).all()
     values = [math.hypot(0.06, 0.03, 0.02), math.hypot(0.06, 0.03), 0.02, 0.04, 0, 0, 0.05]
-    values += [math.sqrt(0.0525), math.hypot(0.1, 0.12), 0.0096 / values[1] / math.hypot(0.1, 0.12)]
-    assert list(features.values())[:9] == pytest.approx(values[:9], abs=2e-3)
-    assert features["push_alignment"] == pytest.approx(values[9], abs=0.05)
+    values += [math.sqrt(0.0525), math.hypot(0.1, 0.12)]
+    assert list(features.values())[:9] == pytest.approx(values, abs=2e-3)
     grasp = make("grasp")
     state, features = pose(grasp, block=(0.5, 0.02, 0.09))
     assert features["block_height"] == pytest.approx(0.07)
@@ -465,60 +414,48 @@ def test_push_alignment(make, hand, cosine):
 
 
 @pytest.mark.parametrize(
-    "task, name, low, high",
+    "task, lowest, highest",
     [
-        ("touch", "block", [0.48, -0.08], [0.56, 0.08]),
-        ("touch", "hand", [0.36, -0.08, 0.05], [0.42, 0.08, 0.12]),
-        ("grasp", "block", [0.45, -0.06], [0.55, 0.06]),
-        ("grasp", "hand", [0.45, -0.06, 0.12], [0.55, 0.06, 0.16]),
-        ("push", "block", [0.42, -0.06], [0.48, 0.06]),
-        ("push", "hand - block", [-0.09, -0.02], [-0.06, 0.02]),
-        ("push", "goal - block", [0.10, -0.04], [0.16, 0.04]),
+        ("touch", [0.48, -0.08, 0.36, -0.08, 0.05], [0.56, 0.08, 0.42, 0.08, 0.12]),
+        ("grasp", [0.45, -0.06, 0.45, -0.06, 0.12], [0.55, 0.06, 0.55, 0.06, 0.16]),
+        (
+            "push",
+            [0.42, -0.06, 0.36, -0.08, 0.03, 0.52, -0.1],
+            [0.48, 0.06, 0.39, 0.08, 0.03, 0.64, 0.1],
+        ),
     ],
 )
-def test_starts_fill_their_ranges(task, name, low, high):
-    rng = np.random.default_rng(0)
-    starts = [TASKS[task].start(rng.uniform) for _ in range(1000)]
-    this, _, other = name.partition(" - ")
-    places = np.array([start[this][: len(low)] for start in starts])
-    if other:
-        assert starts[0]["hand"][2] == 0.03
-        places -= [start[other] for start in starts]
-    edge = 0.02 * np.subtract(high, low)
-    assert (low <= places).all() and (places <= high).all()
-    assert (places.min(0) < low + edge).all() and (places.max(0) > high - edge).all()
+def test_starts(task, lowest, highest):
+    """`start` draws by uniform(low, high): min and max in its place give the ends."""
+    for end, expected in ((min, lowest), (max, highest)):
+        start = TASKS[task].start(end)
+        places = [start[place] for place in ("block", "hand", "goal") if place in start]
+        assert np.concatenate(places) == pytest.approx(expected)
 
 
 def test_readings_lie_in_their_ranges(env):
-    actions = np.random.default_rng(0).uniform(-1, 1, (6 * EPISODE_STEPS, 4))
-    moves = iter(actions)
+    moves = iter(np.random.default_rng(0).uniform(-1, 1, (6 * EPISODE_STEPS, 4)))
     infos = [info for seed in range(6) for info in play(env, lambda t: next(moves), seed)]
     for name, feature in env.task.features.items():
         values = series(infos, name)
         inside = (feature.low - 1e-6 <= values) & (values <= feature.high + 1e-6)
-        assert feature is envs.FEATURES[name] and inside.mean() > 0.9, name
+        assert inside.mean() > 0.9, name
 
 
 # The tasks
 
 
-@pytest.mark.parametrize(
-    "task, meaning, limits",
-    [
-        ("touch", "10: contact_force > 0.01", "contact_force > 2.0, block_displacement > 0.05"),
-        ("grasp", "5: grip_force > 0.0, block_height >= 0.08", ""),
-        ("push", "3: block_to_goal <= 0.03", ""),
-    ],
-)
-def test_tasks_mean_what_their_goals_say(task, meaning, limits):
-    def in_words(conditions):
-        return ", ".join(" ".join(map(str, condition)) for condition in conditions)
-
-    task = TASKS[task]
-    assert f"{task.steps}: {in_words(task.success)}" == meaning
-    assert in_words(task.limits) == limits
-    said = {"touch": ("0.5 s", "2 N", "0.05 m"), "grasp": ("0.25 s", "0.08 m")}
-    assert all(words in task.goal for words in said.get(task.name, ("0.15 s", "0.03 m")))
+def test_tasks_mean_what_their_goals_say():
+    for task, steps, *numbers in (
+        ("touch", 10, "0.5 s", "2 N", "0.05 m"),
+        ("grasp", 5, "0.25 s", "0.08 m"),
+        ("push", 3, "0.15 s", "0.03 m"),
+    ):
+        task = TASKS[task]
+        conditions = [condition for condition in task.limits or task.success if condition[2]]
+        assert task.steps == steps and f"{steps * task.dt:g} s" == numbers[0]
+        assert [value for _, _, value in conditions] == [float(n.split()[0]) for n in numbers[1:]]
+        assert all(words in task.goal for words in numbers)
 
 
 def test_touch(make):
@@ -547,14 +484,12 @@ def test_grasp(make):
         down = [*aim(env, (*env._block_position[:2], height)), 1]
         return down if t < 22 else [0, 0, 0 if t < 28 else 1, -1]
 
-    for seed in range(3):
-        infos = play(env, grasp, seed)
-        state, features = env._state, infos[-1]["features"]
-        left, right = np.expm1(state[22:]) / 10
-        assert infos[-1]["success"] and features["gripper_opening"] == pytest.approx(0.04, abs=4e-3)
-        assert min(left, right) == pytest.approx(features["grip_force"], rel=1e-3)
-        assert left + right == pytest.approx(features["contact_force"], rel=1e-3)
-        assert left == pytest.approx(right, rel=0.5) and 0.5 < left < 1.2 * envs.FINGER_FORCE
+    info = play(env, grasp)[-1]
+    left, right = np.expm1(env._state[22:]) / 10
+    assert info["success"] and info["features"]["gripper_opening"] == pytest.approx(0.04, abs=4e-3)
+    assert min(left, right) == pytest.approx(info["features"]["grip_force"], rel=1e-3)
+    assert left + right == pytest.approx(info["features"]["contact_force"], rel=1e-3)
+    assert left == pytest.approx(right, rel=0.5) and 0.5 < left < 1.2 * envs.FINGER_FORCE
     env.t = 0
     for _ in range(15):
         _, reward, _, _, info = env.step([0, 0, 0, 1])  # let the block fall
@@ -577,8 +512,7 @@ def test_fingers(make):
 @pytest.mark.parametrize("limits", [(), (("hand_speed", ">", 0.2),)])
 def test_steps_in_a_row_and_limits_that_break_once(make, limits):
     goal, quick = "Move for 3 consecutive steps.", (("hand_speed", ">", 0.1),)
-    parts = {"goal": goal, "success": quick, "steps": 3, "limits": limits}
-    env = make(dataclasses.replace(TASKS["touch"], **parts))
+    env = make(replace(TASKS["touch"], goal=goal, success=quick, steps=3, limits=limits))
     moves = iter(np.random.default_rng(0).choice([0, 0.4, 0.8], (150, 1)) * [[0, 1, 1, 0]])
     infos = [info for seed in range(3) for info in play(env, lambda t: next(moves), seed)]
     assert any(info["success"] for info in infos)
@@ -606,6 +540,7 @@ def test_push(make):
 def test_frames(make):
     env, shown = make("push", "pixels"), make("push", "pixels", "rgb_array")
     obs, _ = env.reset(seed=0)
+    assert env.observation_space == (0, 255, obs.shape, obs.dtype) and obs.shape == (9, 84, 84)
     np.testing.assert_array_equal(obs[:3], obs[6:])
     assert (obs[6].astype(int) - obs[7] > 60).sum() > 20  # the red block
     new = env.step([1, 0, 0, 0])[0]
@@ -615,6 +550,7 @@ def test_frames(make):
     np.testing.assert_array_equal(shown.step([1, 0, 0, 0])[0], new)
     assert shown.render().shape == (480, 480, 3) and shown.render().std() > 10
     assert env.render() is None
+    assert len(check_env(env, env.task)) == 2 * EPISODE_STEPS
     nicer = make("push", "state", "rgb_array")  # people see the visual meshes
     nicer.reset(seed=0)
     nicer.step([1, 0, 0, 0])
