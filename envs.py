@@ -445,7 +445,6 @@ def check_env(env, task) -> np.ndarray:
     env: an environment with Gymnasium's signatures. task: an object with the fields of `Task`.
     Raises ValueError, which names what `env` has to change.
     """
-
     actions, space, names = env.action_space, env.observation_space, list(task.features)
     low, high = (np.asarray(getattr(actions, bound, None)) for bound in ("low", "high"))
     fits = len(actions.shape or ()) == 1 and np.all(low == -1) and np.all(high == 1)
@@ -465,14 +464,20 @@ def check_env(env, task) -> np.ndarray:
     rows, limit = [], LONGEST_EPISODE * task.horizon
     for seed in (0, 1):
         rng, steps, over = np.random.default_rng(seed), 0, False
-        answer = env.reset(seed=seed)
+        try:
+            answer = env.reset(seed=seed)
+        except TypeError as error:
+            raise ValueError(f"reset(seed={seed}) fails: {error}") from error
         _require(isinstance(answer, tuple) and len(answer) == 2, "reset must return (obs, info)")
         check_obs(answer[0], "reset")
         while not over:
             steps += 1
             _require(steps <= limit, f"an episode goes on after {limit} steps: truncate it")
             action = rng.uniform(-1, 1, actions.shape).astype(np.float32)
-            obs, reward, terminated, truncated, info = env.step(action)
+            answer = env.step(action)
+            five = len(answer) == 5 and isinstance(answer[4], dict)
+            _require(five, "step must return (obs, reward, terminated, truncated, info)")
+            obs, reward, terminated, truncated, info = answer
             check_obs(obs, f"step {steps}")
             bools = {type(terminated), type(truncated), type(info.get("success"))}
             _require(bools <= {bool, np.bool_}, "terminated, truncated, success must be bools")
