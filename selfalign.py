@@ -87,12 +87,12 @@ class Config:
     eval_episodes: int = 20  # in one evaluation
     explore: int = 1_000  # steps of uniform random actions first
     noise_end: float = 0.1  # standard deviation of the exploration noise; it starts at 1
-    noise_steps: int = 10_000  # ... and falls linearly over these steps
+    noise_steps: int = 5_000  # ... and falls linearly over these steps
     batch: int = 128  # transitions in one update
     lr: float = 1e-3  # Adam's
     hidden: int = 256  # width of actor and critics
     saturation: float = 0.01  # see DrQV2
-    average: float = 0.005  # see DrQV2
+    average: float = 0.002  # see DrQV2
 
     def __post_init__(self):
         for f in fields(self):
