@@ -87,7 +87,7 @@ class Config:
     eval_episodes: int = 20  # in one evaluation
     explore: int = 1_000  # steps of uniform random actions first
     noise_end: float = 0.1  # standard deviation of the exploration noise; it starts at 1
-    noise_steps: int = 5_000  # ... and falls linearly over these steps
+    noise_steps: int = 10_000  # ... and falls linearly over these steps
     batch: int = 128  # transitions in one update
     lr: float = 1e-3  # Adam's
     hidden: int = 256  # width of actor and critics
@@ -304,10 +304,9 @@ def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
     None unless the new θ orders more of D's pairs like the LLM than the present one does.
     """
     latest = state.changes[-1]
-    preferred = [np.reshape(pairs, (-1, 2)).astype(int) for _, pairs in state.D]
     # A ranking of K says about as much as K − 1 pairs, so its pairs weigh 2 / K.
-    weights = np.concatenate([np.full(len(p), 2 / K) for p, (K, _) in zip(preferred, state.D)])
-    numbers, pairs = np.unique(np.concatenate(preferred), return_inverse=True)
+    weights = np.concatenate([np.full(len(pairs), 2 / K) for K, pairs in state.D])
+    numbers, pairs = np.unique([p for _, pairs in state.D for p in pairs], return_inverse=True)
     R, pairs = reward.returns([state.features[i] for i in numbers]), pairs.reshape(-1, 2)
 
     def log_likelihood(theta):
@@ -323,15 +322,12 @@ def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
         return None
     theta = dict(zip(latest.prior, posterior.estimate(log_likelihood).tolist()))
     gain = float(discordance(R(latest.theta), pairs) - discordance(R(theta), pairs))
-    taken = gain > c.gain
-    show_posterior(posterior, latest.theta, theta, gain, taken)
+    show_posterior(posterior, latest.theta, theta, gain, gain > c.gain)
+    if gain <= c.gain:
+        return None
     stats = zip(*posterior.interval(0.9).tolist(), posterior.rhat.tolist(), posterior.ess.tolist())
     stats = dict(zip(theta, map(list, stats)))
-    return (
-        Change(state.step, "posterior", latest.source, theta, latest.prior, stats)
-        if taken
-        else None
-    )
+    return Change(state.step, "posterior", latest.source, theta, latest.prior, stats)
 
 
 def unblock(llm: LLM, task, reward: Reward, state: State, T: list, wrong: float) -> Change | None:
