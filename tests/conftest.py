@@ -1,7 +1,11 @@
 """A dot on a line, quick enough to run the whole loop on in a second."""
 
+import os
+import re
+import shutil
+import subprocess
 import sys
-from dataclasses import asdict
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -91,24 +95,53 @@ SMALL = dict(
     noise_steps=500,
     batch=16,
     hidden=16,
-    alone=2.0,
     llm="offline",
+    # Whatever the LLM prefers, θ changes.
+    alone=2.0,
+    disagree=-1.0,
+    gain=-1.0,
 )
+
+
+def live(
+    folder,
+    make_env=Dot,
+    task=TASK,
+    backend=None,
+    update=update_theta,
+    replay=None,
+    fuse=None,
+    **values,
+):
+    """Lives a small run of the dot in a folder, or resumes it, for at most `fuse` more steps."""
+    Dot.fuse, proposal = fuse, folder.parent / "r.py"
+    proposal.write_text(REWARD)
+    run = Run(folder, resume=(folder / "settings.json").exists())
+    values = {**SMALL, "proposal": str(proposal), **run.settings, **values}
+    llm = LLM(backend or StandIn(), folder / "llm.jsonl", replay)
+    return train(make_env, task, llm, run, Config(**values), update)
 
 
 @pytest.fixture
 def go(tmp_path):
     """go(name, ...) lives a small run of the dot in the folder NAME, or resumes it."""
-    (tmp_path / "r.py").write_text(REWARD)
+    return lambda name, *args, **values: live(tmp_path / name, *args, **values)
 
-    def go(name, make_env=Dot, task=TASK, backend=None, update=update_theta, replay=None, **values):
-        folder = tmp_path / name
-        run = Run(folder, resume=(folder / "settings.json").exists())
-        values = {**SMALL, "proposal": str(tmp_path / "r.py"), **run.settings, **values}
-        llm = LLM(backend or StandIn(), folder / "llm.jsonl", replay)
-        return train(make_env, task, llm, run, Config(**values), update)
 
-    return go
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of a small run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    live(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fixed(tmp_path_factory):
+    """The folder of the same run without updates of θ."""
+    folder = tmp_path_factory.mktemp("runs") / "fixed"
+    live(folder, update=None)
+    return folder
 
 
 def contents(folder):
@@ -122,5 +155,15 @@ def contents(folder):
     }
 
 
-def settings(**values):
-    return asdict(Config(**{**SMALL, **values}))
+def example(module):
+    """The program in a module's docstring."""
+    block = r"^    (?:import|from) .*\n(?:    .*\n|\n)*"
+    return textwrap.dedent(re.search(block, module.__doc__, re.MULTILINE)[0])
+
+
+def run_alone(module, program, folder):
+    """What a program prints in a folder that holds nothing but the module."""
+    shutil.copy(module.__file__, folder)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", program]
+    return subprocess.check_output(command, cwd=folder, env=clean, text=True)
