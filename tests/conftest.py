@@ -82,50 +82,26 @@ class Killed(BaseException):
     """Ends a run as a kill does: nothing after it is carried out."""
 
 
-SMALL = dict(
-    seed=5,
-    steps=500,
-    workers=False,
-    update_every=200,
-    ranked=4,
-    eval_every=100,
-    eval_episodes=2,
-    explore=100,
-    noise_end=0.5,
-    noise_steps=500,
-    batch=16,
-    hidden=16,
-    llm="offline",
-    # Whatever the LLM prefers, θ changes.
-    alone=2.0,
-    disagree=-1.0,
-    gain=-1.0,
-)
+SMALL = dict(seed=5, steps=500, update_every=200, ranked=4, eval_every=100, eval_episodes=2)
+SMALL.update(explore=100, noise_end=0.5, noise_steps=500, batch=16, hidden=16)
+SMALL.update(workers=False, llm="offline")
+SMALL.update(alone=2.0, disagree=-1.0, gain=-1.0)  # whatever the LLM prefers, θ changes
 
 
-def live(
-    folder,
-    make_env=Dot,
-    task=TASK,
-    backend=None,
-    update=update_theta,
-    replay=None,
-    fuse=None,
-    **values,
-):
+def live(folder, make_env=Dot, backend=None, update=update_theta, replay=None, fuse=None, **values):
     """Lives a small run of the dot in a folder, or resumes it, for at most `fuse` more steps."""
     Dot.fuse, proposal = fuse, folder.parent / "r.py"
     proposal.write_text(REWARD)
     run = Run(folder, resume=(folder / "settings.json").exists())
     values = {**SMALL, "proposal": str(proposal), **run.settings, **values}
     llm = LLM(backend or StandIn(), folder / "llm.jsonl", replay)
-    return train(make_env, task, llm, run, Config(**values), update)
+    return train(make_env, TASK, llm, run, Config(**values), update)
 
 
 @pytest.fixture
 def go(tmp_path):
     """go(name, ...) lives a small run of the dot in the folder NAME, or resumes it."""
-    return lambda name, *args, **values: live(tmp_path / name, *args, **values)
+    return lambda name, **values: live(tmp_path / name, **values)
 
 
 @pytest.fixture(scope="session")
@@ -147,12 +123,8 @@ def fixed(tmp_path_factory):
 def contents(folder):
     """The bytes of all files of a run that two equal runs have in common."""
     left_out = {"settings.json", "llm.jsonl", "checkpoint.pt"}
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in files
-        if path.name not in left_out
-    }
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in left_out]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def example(module):

@@ -69,17 +69,6 @@ def test_same_seed_same_bytes_with_and_without_workers(whole, go, tmp_path):
     assert contents(tmp_path / "b")[first] != contents(whole)[first]
 
 
-def test_worker_errors_arrive(go):
-    class Breaks(Dot):
-        def reset(self, seed=None, options=None):
-            if seed and seed > 1_000:  # not in check_env
-                raise RuntimeError("the simulator broke")
-            return super().reset(seed, options)
-
-    with pytest.raises(RuntimeError, match="the simulator broke"):
-        go("a", make_env=Breaks, workers=True)
-
-
 def test_unchanged_theta_is_the_fixed_run(fixed, go, tmp_path):
     class Agrees:
         def __call__(self, messages):
@@ -96,13 +85,6 @@ def test_replay_repeats_a_run(whole, go, tmp_path):
     go("a", backend=Answers(), replay=whole / "llm.jsonl")
     assert contents(tmp_path / "a") == contents(whole)
     assert (tmp_path / "a" / "llm.jsonl").read_text() == (whole / "llm.jsonl").read_text()
-
-
-def test_sparse_asks_nobody(go, tmp_path):
-    go("a", reward="sparse", proposal="", update=None, backend=Answers())
-    assert not (tmp_path / "a" / "llm.jsonl").exists()
-    metrics = rows(tmp_path / "a" / "metrics.csv")
-    assert all(row["sparse"] == row["return"] for row in metrics)
 
 
 def test_stops_after_two_perfect_evaluations(go, tmp_path):

@@ -45,18 +45,6 @@ def ranking(*attempts):
     return read_ranking(ask(rank_question(TOUCH, attempts)), len(attempts))
 
 
-def test_descriptions_are_read():
-    done, rough = touch(20, 15), touch(20, 15, force=4.0)
-    attempts = read_attempts(rank_question(TOUCH, [done, rough]))
-    assert attempts[1]["fulfils"] and not attempts[2]["fulfils"]
-    assert attempts[1]["run"] == {"hand_to_block <= 0.05": 20, "contact_force > 0.01": 15}
-    assert attempts[1]["steps"]["contact_force > 0.01"] == 15 / 50 and attempts[1]["excess"] == 0
-    assert attempts[1]["readings"]["contact_force"] == (0.0, 0.0, 0.1)
-    # A run ends where a limit is broken.
-    assert attempts[2]["run"] == {"hand_to_block <= 0.05": 5, "contact_force > 0.01": 0}
-    assert attempts[2]["excess"] == 2.0
-
-
 def test_scores():
     near, halfway = scores(touch(20, 0), touch(closest=0.125))
     assert near == pytest.approx(1.0)  # one stage of two, and nothing of the way to the next
