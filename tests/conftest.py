@@ -1,7 +1,11 @@
 """A dot on a line, quick enough to run the whole loop on in a second."""
 
+import os
+import re
+import shutil
+import subprocess
 import sys
-from dataclasses import asdict
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -78,49 +82,60 @@ class Killed(BaseException):
     """Ends a run as a kill does: nothing after it is carried out."""
 
 
-SMALL = dict(
-    seed=5,
-    steps=500,
-    workers=False,
-    update_every=200,
-    ranked=4,
-    eval_every=100,
-    eval_episodes=2,
-    explore=100,
-    noise_end=0.5,
-    noise_steps=500,
-    batch=16,
-    hidden=16,
-    alone=2.0,
-    llm="offline",
-)
+SMALL = dict(seed=5, steps=500, update_every=200, ranked=4, eval_every=100, eval_episodes=2)
+SMALL.update(explore=100, noise_end=0.5, noise_steps=500, batch=16, hidden=16)
+SMALL.update(workers=False, llm="offline")
+SMALL.update(alone=2.0, disagree=-1.0, gain=-1.0)  # whatever the LLM prefers, θ changes
+
+
+def live(folder, make_env=Dot, backend=None, update=update_theta, replay=None, fuse=None, **values):
+    """Lives a small run of the dot in a folder, or resumes it, for at most `fuse` more steps."""
+    Dot.fuse, proposal = fuse, folder.parent / "r.py"
+    proposal.write_text(REWARD)
+    run = Run(folder, resume=(folder / "settings.json").exists())
+    values = {**SMALL, "proposal": str(proposal), **run.settings, **values}
+    llm = LLM(backend or StandIn(), folder / "llm.jsonl", replay)
+    return train(make_env, TASK, llm, run, Config(**values), update)
 
 
 @pytest.fixture
 def go(tmp_path):
     """go(name, ...) lives a small run of the dot in the folder NAME, or resumes it."""
-    (tmp_path / "r.py").write_text(REWARD)
+    return lambda name, **values: live(tmp_path / name, **values)
 
-    def go(name, make_env=Dot, task=TASK, backend=None, update=update_theta, replay=None, **values):
-        folder = tmp_path / name
-        run = Run(folder, resume=(folder / "settings.json").exists())
-        values = {**SMALL, "proposal": str(tmp_path / "r.py"), **run.settings, **values}
-        llm = LLM(backend or StandIn(), folder / "llm.jsonl", replay)
-        return train(make_env, task, llm, run, Config(**values), update)
 
-    return go
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of a small run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    live(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fixed(tmp_path_factory):
+    """The folder of the same run without updates of θ."""
+    folder = tmp_path_factory.mktemp("runs") / "fixed"
+    live(folder, update=None)
+    return folder
 
 
 def contents(folder):
     """The bytes of all files of a run that two equal runs have in common."""
     left_out = {"settings.json", "llm.jsonl", "checkpoint.pt"}
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in files
-        if path.name not in left_out
-    }
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in left_out]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def settings(**values):
-    return asdict(Config(**{**SMALL, **values}))
+def example(module):
+    """The program in a module's docstring."""
+    block = r"^    (?:import|from) .*\n(?:    .*\n|\n)*"
+    return textwrap.dedent(re.search(block, module.__doc__, re.MULTILINE)[0])
+
+
+def run_alone(module, program, folder):
+    """What a program prints in a folder that holds nothing but the module."""
+    shutil.copy(module.__file__, folder)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", program]
+    return subprocess.check_output(command, cwd=folder, env=clean, text=True)

@@ -13,18 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import REWARD, SMALL, TASK, Dot, contents
-
-from llm import LLM
-from run import Run
-from selfalign import Config, train, update_theta
-from standin import StandIn
-
-
-def small_run(folder: Path) -> None:
-    run = Run(folder, resume=(folder / "settings.json").exists())
-    c = Config(**{**SMALL, "workers": True, "proposal": str(folder.parent / "r.py")})
-    train(Dot, TASK, LLM(StandIn(), folder / "llm.jsonl"), run, c, update_theta)
+from conftest import contents, live
 
 
 def start(folder: Path) -> int:
@@ -32,7 +21,7 @@ def start(folder: Path) -> int:
     number = os.fork()
     if number == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        small_run(folder)
+        live(folder, workers=True)
         os._exit(0)
     return number
 
@@ -41,7 +30,6 @@ def main(kills: int) -> None:
     rng, done, runs, wrong = random.Random(0), 0, 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
-        (here / "r.py").write_text(REWARD)
         started = time.monotonic()
         os.waitpid(start(here / "whole"), 0)
         takes = time.monotonic() - started

@@ -2,20 +2,17 @@
 
 import os
 import re
-import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import example, run_alone
 from numpy.testing import assert_allclose, assert_array_equal
 
+import reward as module
 from reward import BOUND, FUNCTIONS, Reward, RewardError, RTheta
 
-ROOT = Path(__file__).parent.parent
-REPLIES = sorted((ROOT / "experiments" / "replies").glob("propose-*.md"))
+REPLIES = Path(__file__).parent.parent / "experiments" / "replies"
 pytestmark = pytest.mark.filterwarnings("error")
 FEATURES = ["distance", "force", "height"]
 SOURCE = '''
@@ -63,21 +60,13 @@ def value(expression, before="", **features):
     return term
 
 
-def test_example_runs_alone(tmp_path):
-    shutil.copy(ROOT / "reward.py", tmp_path)
-    example = re.search(r"\n\n((?:    .*\n|\n)+)\n", (ROOT / "reward.py").read_text("utf-8"))[1]
-    (tmp_path / "example.py").write_text(textwrap.dedent(example), encoding="utf-8")
-    command = [sys.executable, "example.py"]
-    env = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout == "[2. 2. 2.]\n", run.stderr
+def test_docstring_example(tmp_path):
+    assert run_alone(module, example(module), tmp_path) == "[2. 2. 2.]\n"
 
 
 def test_steps_buffers_and_chains_score_alike():
     reward = Reward(SOURCE, FEATURES)
-    assert (reward.inputs, reward.features) == (FEATURES, ["distance", "force"])
-    assert reward.params == PARAMS and reward.name == "reward"
-    assert reward._function.__builtins__ == {}
+    assert reward.params == PARAMS and reward._function.__builtins__ == {}
     rng = np.random.default_rng(0)
     features = {"distance": rng.uniform(0, 0.3, 50), "force": rng.uniform(0, 4, 50)}
     thetas = [PARAMS, {**PARAMS, "contact_threshold": 0.1, "reach_weight": 5.0}]
@@ -101,16 +90,15 @@ def test_terms_have_the_full_shape_and_totals_are_new():
     assert not distance.any()
 
 
-@pytest.mark.parametrize("K", [1, 3, 40])
+@pytest.mark.parametrize("K", [1, 40])
 def test_returns_add_up_the_steps(K):
     rng = np.random.default_rng(0)
     reward = Reward("def r(a, b, w=2.0):\n    return {'a': w * a, 'b': -b}", ["b", "a"])
     taus = [rng.uniform(0, 0.5, (length, 2)) for length in rng.integers(1, 60, K)]
-    R, expected = reward.returns(taus), [sum(3 * a - b for b, a in tau) for tau in taus]
-    assert_allclose(R({"w": 3.0}), expected)
-    assert_allclose(R(), R({"w": 2.0}))
-    chains = R({"w": np.array([[3.0], [0.0]])})
-    assert_allclose(chains, [expected, [-tau[:, 0].sum() for tau in taus]])
+    R = reward.returns(taus)
+    expected = [[w * tau[:, 1].sum() - tau[:, 0].sum() for tau in taus] for w in (2.0, 3.0, 0.0)]
+    assert_allclose([R(), R({"w": 3.0}), R({"w": 0.0})], expected)
+    assert_allclose(R({"w": np.array([[3.0], [0.0]])}), expected[1:])
     with pytest.raises(ValueError):
         reward.named(np.zeros((2, 3)))
 
@@ -125,32 +113,18 @@ def test_functions_are_numpys():
 
 def test_new_defaults_keep_comments_and_layout():
     reward = Reward(SOURCE, FEATURES)
-    theta = {"reach_weight": 1 / 3, "contact_threshold": np.float64(0.127)}
-    source = reward.source_with(theta)
-    expected = SOURCE.replace("reach_weight=1.0", "reach_weight=0.3333333333333333")
-    expected = expected.replace("_weight=2", "_weight=2.0").replace(
-        "threshold=1.0", "threshold=0.127"
-    )
-    assert source == expected
-    assert Reward(source, FEATURES).params == {**PARAMS, **theta}
-
-
-def test_python_file_keeps_comments_and_is_a_proposal():
-    theta = {**PARAMS, "reach_scale": 1 / 30}
-    text = Reward(SOURCE, FEATURES).python(theta)
-    assert "import numpy as np\n" in text and "# guesses ≤ 2" in text and '"""Reach, then' in text
-    again = Reward(text, FEATURES)
-    assert again.params == theta and again.python(theta) == text
-
-
-def test_annotations_and_imports_do_not_run():
-    body = "def r(x: print(1), w: float = 1.0) -> quit():\n    y: print(2) = x\n    return {'a': y}"
-    imports = "# mine\nfrom __future__ import annotations\nimport numpy as np\n"
-    reward = Reward(imports + body, ["x"])
-    assert from_file(reward.python({}), "r", {"x": np.ones(2)})["a"].tolist() == [1, 1]
+    theta = {**PARAMS, "reach_weight": 1 / 3, "contact_threshold": np.float64(0.127)}
+    source, file = reward.source_with(theta), reward.python(theta)
+    assert "reach_weight=0.3333333333333333," in source and "old=0.127):   # guesses ≤ 2" in source
+    assert re.sub("=[0-9.]+", "=", source) == re.sub("=[0-9.]+", "=", SOURCE)
+    assert "import numpy as np\n" in file and "# guesses ≤ 2" in file and '"""Reach, then' in file
+    for text in (source, file):
+        again = Reward(text, FEATURES)
+        assert again.params == theta and again.python(theta) == file
 
 
 def test_numpys_meaning():
+    before = "    half = -0.5\n    root: float = half ** 0.5\n    none = 1 / (half + 0.5)\n"
     for expression, expected in {
         "(force > 1) + -(distance > 0)": [-1, 0, 0],
         "(force > 1) ** -1 + w": [np.inf, np.inf, 2],
@@ -164,51 +138,11 @@ def test_numpys_meaning():
         "np.pi * force + 0 * np.e": [np.pi / 2, -np.pi, 3 * np.pi],
         "0x10 + 1_0 + .5e1 + 0 * force": [31, 31, 31],
         "1 / distance ** 0.5": [1, np.inf, 1],
-        "np.arctan2(force, 2 - 1)": np.arctan2([0.5, -1, 3], 1),
+        "root * w": [np.nan] * 3,
+        "none + force": [np.inf] * 3,
     }.items():
-        got = value(expression, distance=[1, 0, 1], force=[0.5, -1, 3])
+        got = value(expression, before, distance=[1, 0, 1], force=[0.5, -1, 3])
         assert_array_equal(got, expected, expression)
-
-
-def test_numpys_meaning_through_local_names():
-    before = "    half = -0.5\n    root: float = half ** 0.5\n    none = 1 / (half + 0.5)\n"
-    assert np.isnan(value("root * w + 0 * force", before, force=[1]))[0]
-    assert value("none + force", before, force=[1])[0] == np.inf
-
-
-ARITHMETIC = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide, "**": np.power}
-COMPARISONS = {"<": np.less, ">=": np.greater_equal, "==": np.equal}
-
-
-def random_expression(rng, names, depth, condition=False):
-    """The text of an expression, and its value with 1 and 0 for conditions."""
-    kind = rng.integers(6) if depth else 0
-    if kind == 0:
-        name = str(rng.choice(list(names)))
-        x = np.float64(names[name])
-        return (f"({name} < 2)", np.float64(x < 2)) if condition else (name, x)
-    (a, x), (b, y) = (random_expression(rng, names, depth - 1) for _ in range(2))
-    (c, u), (d, v) = (random_expression(rng, names, depth - 1, True) for _ in range(2))
-    if kind < 4:
-        sign, function = rng.choice(list((COMPARISONS if condition else ARITHMETIC).items()))
-        return f"({a} {sign} {b})", np.float64(function(x, y))
-    if condition:
-        return (f"~({c} & {d})", 1 - u * v) if kind == 4 else (f"({c} | ~{d})", max(u, 1 - v))
-    return (f"np.where({c}, -{a}, {d})", -x if u else v) if kind == 4 else (f"({c})", u)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@np.errstate(all="ignore")
-def test_random_programs(seed):
-    rng = np.random.default_rng(seed)
-    for _ in range(40):
-        features = {"distance": 0.3, "force": rng.choice([0.0, 0.7, -1.0])}
-        names = {**features, "w": 1.0, "0": 0.0, "2": 2.0, "0.5": 0.5, "(-3)": -3.0}
-        s, t = random_expression(rng, names, 1), random_expression(rng, names, 2, condition=True)
-        text, expected = random_expression(rng, {**names, "s": s[1], "t": t[1]}, 4)
-        before = f"    s = {s[0]}\n    t = {t[0]}\n"
-        got = value(text, before, **{name: [x] for name, x in features.items()})
-        assert_allclose(got[0], expected, rtol=1e-9, err_msg=before + text)
 
 
 def table(text):
@@ -217,38 +151,32 @@ def table(text):
 
 
 EXPRESSIONS = r"""
-__import__('os').system('touch pwned') | open('pwned', 'w') | eval('1') | exec('1') | print(w)
-globals() | getattr(w, 'shape') | w.__class__.__mro__ | ().__class__.__base__.__subclasses__()
-force.tofile('pwned') | force.dump('pwned') | w.real | np.save('pwned', w) | np.load('x') | np.os
-np.exp.__globals__ | np.exp.__class__ | np.__dict__ | np.exp.outer(w, w) | np.add.at(w, 1, 1)
-'{0.__class__}'.format(w) | f'{w.__class__}' | f'{w!r}' | 'a' * 10**9 | b'a' | '%s' % w | 'a' | 1j
-1 << 10 ** 9 | w % 2 | w // 2 | w ^ w | w @ w | True | None | ... | 1e999 | [w] | (w, w) | {1, 2}
-[0 for _ in w] | (x for x in w) | {x: x for x in (1,)} | {'a': w} | w[0] | w[None, :] | lambda: 1
-(lambda f: f(f))(lambda f: f(f)) | (y := w) | *w | (yield 1) | (yield from w) | await w | np.random
-np.exp(*w) | np.exp(x=w) | np.exp(w, out=w) | np.exp(w, w) | np.abs(w, where=w) | np.where(w > 1)
-np.where(w > 1, w, **{}) | np.clip(w, 0) | np.clip(w, None, 1) | np.exp() | np.tile(w, 10**9)
-np.zeros(10**12) | np.outer(w, w) | np.frompyfunc(print, 1, 1) | np.fromfile('/etc/passwd')
-breakpoint() | super() | object() | type(w) | reward(w) | w is w | w in (1, 2) | 0 < w < 1 | -'a'
-w and w | not w | w if w > 1 else 0 | ~w | w & (w > 0) | (w > 0)|w | w > 1 & w > 1 | np
-np.exp | np.inf | np.e() | reward | abs | height | __builtins__ | __name__ | max(w, 0)
+__import__('os').system('touch pwned') | open('pwned', 'w') | print(w) | getattr(w, 'shape')
+w.__class__.__mro__ | ().__class__ | force.tofile('pwned') | w.real | np.save('pwned', w) | np.os
+np.exp.__globals__ | np.__dict__ | np.exp.outer(w, w) | '{0.__class__}'.format(w) | f'{w.__class__}'
+'a' * 10**9 | b'a' | 'a' | -'a' | 1j | 1 << 10 ** 9 | w % 2 | w // 2 | w ^ w | w @ w | True | None
+... | 1e999 | [w] | (w, w) | {1, 2} | {'a': w} | [0 for _ in w] | (x for x in w) | w[0] | lambda: 1
+(lambda f: f(f))(lambda f: f(f)) | (y := w) | *w | (yield 1) | (yield from w) | await w
+np.exp(*w) | np.exp(x=w) | np.exp(w, out=w) | np.exp(w, w) | np.where(w > 1)
+np.where(w > 1, w, **{}) | np.clip(w, 0) | np.exp() | np.tile(w, 10**9) | np.zeros(10**12)
+reward(w) | w is w | w in (1, 2) | 0 < w < 1 | w and w | not w | w if w > 1 else 0 | ~w
+w & (w > 0) | (w > 0)|w | w > 1 & w > 1 | np | np.exp | np.inf | np.e() | reward | abs | height
 """
 STATEMENTS = """
-import os | import numpy as np | global x | nonlocal x | while w: pass | for x in w: pass | pass | w
-raise w | assert w | del w | with w: x = 1 | w[0] = 1 | w.x = 1 | x += 1 | np = w | a, b = w, w
-x = y = w | def f(): pass | class A: pass | x: float | print(1) | if w: x = 1 | return {'a': w}
-__debug__ = w | x: (yield) = 1 | try: x = w;     except w: pass | match w:;        case _: x = 1
+import os | import numpy as np | global x | while w: pass | for x in w: pass | pass | w | del w
+with w: x = 1 | w[0] = 1 | w.x = 1 | x += 1 | np = w | a, b = w, w | x = y = w | def f(): pass
+class A: pass | x: float | if w: x = 1 | return {'a': w} | __debug__ = w | x: (yield) = 1
 """
 SIGNATURES = """
-force, w=print(1) | force, w=[].append | force, w='1' | force, w=-1.0 | force, w=0 | force, w=1e999
-force | w=1 | force, w=1, *a | force, w=1, **k | force, /, height, w=1 | force, w=1, *, v=1 | x, w=1
-force, w=True | force=1, w=1 | force, w=1, np=1 | force, w=1, w=2 | force, force, w=1
+force, w=print(1) | force, w='1' | force, w=-1.0 | force, w=0 | force, w=1e999 | force, w=True
+force, w=1, height=1 | force | w=1 | force, w=1, *a | force, w=1, **k | force, /, height, w=1
+force, w=1, *, v=1 | x, w=1 | force=1, w=1 | force, w=1, np=1 | force, w=1, w=2 | force, force, w=1
 """
 MODULES = """
-import os; {} | from os import *; {} | import numpy; {} | import numpy as np, os; {} | {}; w
-@print; {} | {}; print(1) | x = 1; {} | async {} | class A: pass | def r( | {}; import os
-lambda: 1 | with w:;  pass; {} | np; {} | {}; {} | \0
+import os; {} | from os import *; {} | import numpy as np, os; {} | {}; w | {}; import os | {}; {}
+@print; {} | x = 1; {} | async {} | class A: pass | def r( | lambda: 1 | with w:;  pass; {} | \0
 """
-RETURNS = "w | {{}} | {{force: w}} | {{1: w}} | {{**w}} | {{'a': w, 'a': w}} | {{'a': w, **w}} | "
+RETURNS = "w | {{}} | {{force: w}} | {{1: w}} | {{**w}} | {{'a': w, 'a': w}} | {{'a': w, **w}}"
 SIZES = ["-" * 7500 + "w", "(" * 5000, "+".join("w" * 2000), "9" * 5000]
 HOSTILE = [one(case) for case in table(EXPRESSIONS) + SIZES]
 HOSTILE += [one("w", before=f"    {case}\n") for case in table(STATEMENTS)]
@@ -282,15 +210,18 @@ def test_messages():
             Reward(source, FEATURES)
 
 
-@pytest.mark.parametrize("change", ["\ufeff{}", "{}\n\n", "\n\n{}", "import numpy as np\n{}"])
-def test_marks_spaces_and_line_ends(change):
-    source = change.format(one("w * force", "force, w=1")).replace(" * ", "\xa0*\u202f")
-    reward = Reward(source.replace("\n", "\r\n"), FEATURES)
-    assert reward.total({"force": 3.0}) == 3 and reward.source.isascii()
-    assert from_file(reward.python({}), "reward", {"force": np.ones(1)})["term"] == [1]
+@pytest.mark.parametrize(
+    "change", ["\ufeff{}", "{}\n\n", "\n\n{}", "# mine\nimport numpy as np\n{}"]
+)
+def test_marks_spaces_annotations(change):
+    source = "def r(x: print(1), w: float = 1.0) -> quit():\n    y: print(2) = x\xa0*\u202fw\n"
+    source = change.format(source + "    return {'a': y}").replace("\n", "\r\n")
+    reward = Reward(source, ["x"])
+    assert reward.total({"x": 3.0}) == 3 and reward.source.isascii()
+    assert from_file(reward.python({}), "r", {"x": np.ones(2)})["a"].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("path", REPLIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(REPLIES.glob("propose-*.md")), ids=lambda path: path.stem)
 def test_real_proposals(path):
     source = re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)[-1]
     names = re.findall(r"\w+", source[source.index("(") : source.index("=")])[:-1]

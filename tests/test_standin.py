@@ -5,7 +5,14 @@ import pytest
 from conftest import TASK
 
 from envs import TASKS
-from llm import LLMError, analyse_question, propose_question, rank_question, read_ranking
+from llm import (
+    LLMError,
+    analyse_question,
+    propose_question,
+    rank_question,
+    read_code,
+    read_ranking,
+)
 from reward import FUNCTIONS, Reward
 from standin import EQUAL, StandIn, read_attempts, score
 
@@ -13,10 +20,10 @@ TOUCH = TASKS["touch"]
 NAMES = list(TOUCH.features)
 
 
-def touch(near=0, contact=0, closest=0.15, force=0.1, moved=0.0, start=0.2):
+def touch(near=0, contact=0, force=0.1, closest=0.15, moved=0.0):
     """An attempt of 50 steps that is near in the last `near` steps, in contact in `contact`."""
     tau = np.zeros((50, len(NAMES)))
-    tau[:, NAMES.index("hand_to_block")] = np.linspace(start, closest, 50)
+    tau[:, NAMES.index("hand_to_block")] = np.linspace(0.2, closest, 50)
     if near:
         tau[-near:, NAMES.index("hand_to_block")] = 0.04
     if contact:
@@ -38,52 +45,28 @@ def ranking(*attempts):
     return read_ranking(ask(rank_question(TOUCH, attempts)), len(attempts))
 
 
-def test_descriptions_are_read():
-    done, rough = touch(20, 15), touch(20, 15, force=4.0)
-    attempts = read_attempts(rank_question(TOUCH, [done, rough]))
-    assert attempts[1]["fulfils"] and not attempts[2]["fulfils"]
-    assert attempts[1]["run"] == {"hand_to_block <= 0.05": 20, "contact_force > 0.01": 15}
-    assert attempts[1]["steps"]["contact_force > 0.01"] == 15 / 50 and attempts[1]["excess"] == 0
-    assert attempts[1]["readings"]["contact_force"] == (0.0, 0.0, 0.1)
-    # A run ends where a limit is broken.
-    assert attempts[2]["run"] == {"hand_to_block <= 0.05": 5, "contact_force > 0.01": 0}
-    assert attempts[2]["excess"] == 2.0
-
-
-def test_order_follows_progress():
-    attempts = [
-        touch(20, 15),  # done
-        touch(20, 5),  # half of the steps in a row
-        touch(20, 0),  # near
-        touch(0, 0, closest=0.10),
-        touch(0, 0, closest=0.19),
-        touch(20, 15, force=9.0),  # done, but roughly
-    ]
-    assert [group[0] for group in ranking(*attempts)][:4] == [1, 2, 3, 4]
-    values = scores(*attempts)
-    assert values[5] < values[3] and values == sorted(values[:5], reverse=True) + values[5:]
-
-
 def test_scores():
-    near, halfway = scores(touch(20, 0), touch(0, 0, closest=0.125))
+    near, halfway = scores(touch(20, 0), touch(closest=0.125))
     assert near == pytest.approx(1.0)  # one stage of two, and nothing of the way to the next
     assert halfway == pytest.approx(0.5, abs=0.02)
-    done, longer = scores(touch(20, 10), touch(20, 20))
+    half, done, longer = scores(touch(20, 5), touch(20, 10), touch(20, 20))
+    assert half == pytest.approx(2.5)  # half of the steps in a row
     assert done == pytest.approx(1 + 1 + 1 + 2 + 0.5 * 10 / 50)
     assert longer - done == pytest.approx(0.5 * 10 / 50)
+    # The further a limit is broken, the worse: far below success.
+    rough, rougher, moved = scores(touch(20, 15, 4.0), touch(20, 15, 8.0), touch(20, 15, moved=0.2))
+    assert (rough, rougher, moved) == pytest.approx((0.5 / 2, 0.5 / 4, 0.5 / 4))
 
 
-def test_the_further_a_limit_is_broken_the_worse():
-    a, b, c = scores(*(touch(20, 15, force=force) for force in (2.5, 4.0, 8.0)))
-    assert a > b > c > 0
-    by_far = scores(touch(20, 15, moved=0.2))[0]
-    assert by_far == pytest.approx(0.5 / 4)
+def test_ranking_follows_scores():
+    done, near, far, rough = touch(20, 15), touch(20), touch(closest=0.19), touch(20, 15, force=4.0)
+    assert ranking(far, rough, done, near) == [[3], [4], [2], [1]]
 
 
 def test_close_scores_are_equal_to_the_best_of_their_group():
     step = 0.9 * EQUAL * 0.15  # of the way of 0.15 m to the first stage
-    a, b, c = (touch(closest=0.10 + i * step) for i in range(3))
-    assert ranking(a, b, c) == [[1, 2], [3]]
+    attempts = [touch(closest=0.10 + i * step) for i in range(3)]
+    assert ranking(*attempts) == [[1, 2], [3]]
 
 
 def test_other_tasks_are_ranked():
@@ -92,14 +75,12 @@ def test_other_tasks_are_ranked():
     assert read_ranking(ask(rank_question(TASK, attempts)), 2) == [[1], [2]]
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_proposals_are_rewards(task):
-    from llm import read_code
-
-    reward = Reward(read_code(ask(propose_question(task, FUNCTIONS))), task.features)
-    assert len(reward.params) <= 12
-    assert reward.params.get("contact_threshold", 1.0) == 1.0  # the paper's first numbers
-    assert reward.params.get("push_weight", 2.0) == 2.0
+    source = read_code(ask(propose_question(TASKS[task], FUNCTIONS)))
+    params = Reward(source, TASKS[task].features).params
+    assert params.get("contact_threshold", 1.0) == 1.0  # the paper's first numbers
+    assert params.get("push_weight", 2.0) == 2.0
 
 
 def test_analyses_change_nothing():
@@ -108,7 +89,7 @@ def test_analyses_change_nothing():
 
 
 @pytest.mark.parametrize(
-    ("messages", "words"),
+    "messages, words",
     [
         (["What time is it?"], "only knows the questions in prompts/"),
         ([rank_question(TOUCH, [touch()]), "RANKING: 2", "repair"], "only knows"),
