@@ -78,7 +78,8 @@ class _Checked:
         self.defaults = dict(zip(names[len(self.features) :], args.defaults, strict=False))
         others = args.vararg or args.kwarg or args.posonlyargs or args.kwonlyargs or "np" in names
         if others or not self.features or {*names} & {*inputs} != {*self.features}:
-            self._refuse(tree, f"needed: features without default ({', '.join(inputs)}), no * or /")
+            words = f"arguments without default must be among {', '.join(inputs)}; no * or /"
+            self._refuse(tree, words)
         self.params = {name: self._float(node) for name, node in self.defaults.items()}
         if not 1 <= len(self.params) <= MAX_PARAMS or min(self.params.values()) <= 0:
             self._refuse(tree, f"1 to {MAX_PARAMS} parameters need positive numbers as default")
