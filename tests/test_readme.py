@@ -43,3 +43,16 @@ def test_tables_come_from_their_csv():
     assert methods in (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
     for row in re.findall(r"\| (\w+) \| selfalign \| (.*?) \| (.*?) \|", methods):
         assert re.search(r"^\| {} .*\| {}: {} \|".format(*map(re.escape, row)), README, re.M)
+
+
+def test_runs_a_model_ranked_are_told_as_they_went():
+    sys.path.insert(0, str(ROOT / "experiments"))
+    from ranked import row
+
+    folders = sorted((ROOT / "experiments" / "transcripts" / "model").glob("*/"))
+    runs = [row(folder) for folder in folders if folder.is_dir()]
+    results = (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
+    assert len(runs) == 7 and all(f"| {' | '.join(run)} |" in results for run in runs)
+    for task in ("touch", "push", "grasp"):
+        learnt = ", ".join(run[1] for run in runs if run[0].startswith(task))
+        assert re.search(rf"^\| {task}: .*\| {learnt} \|", README, re.MULTILINE)
