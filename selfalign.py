@@ -81,13 +81,13 @@ class Config:
     ranked: int = 48  # K, trajectories in one ranking
     beta: float = 0.9  # Boltzmann rationality
     disagree: float = 0.1  # R_θ may contradict this share of the ranked pairs
-    gain: float = 0.03  # least rise of the share of D's pairs that θ orders like the LLM
-    alone: float = 0.66  # mean success of three evaluations from which on θ is left alone
+    gain: float = 0.03  # a new θ must order this share more of D's pairs like the LLM
+    alone: float = 0.66  # θ is left alone while the last three evaluations average this
     eval_every: int = 1_000  # steps between two evaluations
     eval_episodes: int = 20  # in one evaluation
     explore: int = 1_000  # steps of uniform random actions first
     noise_end: float = 0.1  # standard deviation of the exploration noise; it starts at 1
-    noise_steps: int = 10_000  # ... and falls linearly over these steps
+    noise_steps: int = 10_000  # over which the noise falls linearly
     batch: int = 128  # transitions in one update
     lr: float = 1e-3  # Adam's
     hidden: int = 256  # width of actor and critics
@@ -96,7 +96,7 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            least = {"seed": 0, "explore": 0, "ranked": 2, "gain": -1, "disagree": -1}
+            least = {"seed": 0, "explore": 0, "ranked": 2, "gain": -1}
             least = least.get(f.name, 1 if f.type is int else 0)
             if f.type in (int, float) and not least <= getattr(self, f.name) < 2**63:
                 raise ValueError(f"--{f.name.replace('_', '-')} must be a number from {least} on")
@@ -125,7 +125,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
                 T ← K trajectories of the last period                        update_theta, choose
                 rank T by the LLM; D ← D ∪ its pairs                         LLM.ask, pairs_of
                 if R_θ ranks T otherwise: θ ← p(θ | D), if that is better    align
-                else: θ ← what the LLM says blocks the skill                 unblock
+                if θ is still the same: θ ← what the LLM says blocks it      unblock
                 relabel the whole buffer with the new R_θ                    ReplayBuffer.relabel
 
     make_env: makes an environment that `envs.check_env` accepts for `task`. update: makes a new θ,
@@ -136,11 +136,11 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
     """
     env, names, limit = make_env(), tuple(task.features), LONGEST_EPISODE * task.horizon
     random_features = check_env(env, task)
-    torch.manual_seed(c.seed)
+    simulator, evaluator = Worker(make_env, c.workers), Worker(make_env, c.workers)
+    torch.manual_seed(c.seed)  # of the networks' first weights
     shapes = env.observation_space.shape, env.action_space.shape
     agent = DrQV2(*shapes, c.device, c.lr, c.hidden, c.saturation, c.average, STRIDES)
     buffer = ReplayBuffer(2 * c.steps + limit, *shapes, len(names), discount=task.discount)
-    simulator, evaluator = Worker(make_env, c.workers), Worker(make_env, c.workers)
 
     def live_next():
         network = frozen(agent.explorer) if state.step >= c.explore else None
@@ -181,7 +181,8 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
 
         # every 1,000 steps: evaluate; stop when all 20 episodes succeed, twice in a row
         if evaluation and crossed(c.eval_every):
-            evaluation = run.evaluated(state, evaluation.result(), r_theta)
+            run.evaluated(state, evaluation.result(), r_theta)
+            evaluation = None
 
         # every 10,000 steps, unless the skill is being learnt: a new θ
         change = None
@@ -284,7 +285,7 @@ def update_theta(llm: LLM, task, state: State, c: Config, rng) -> Change | None:
     wrong = float(discordance(returns, pairs))
     show_ranking(ranking, returns, len(pairs), wrong)
     change = align(reward, state, c, rng) if wrong > c.disagree else None
-    # else: θ ← what the LLM says blocks the skill
+    # if θ is still the same: θ ← what the LLM says blocks the skill
     return change or unblock(llm, task, reward, state, T, wrong)
 
 
@@ -322,8 +323,9 @@ def align(reward: Reward, state: State, c: Config, rng) -> Change | None:
         return None
     theta = dict(zip(latest.prior, posterior.estimate(log_likelihood).tolist()))
     gain = float(discordance(R(latest.theta), pairs) - discordance(R(theta), pairs))
-    show_posterior(posterior, latest.theta, theta, gain, gain > c.gain)
-    if gain <= c.gain:
+    taken = gain > c.gain
+    show_posterior(posterior, latest.theta, theta, gain, taken)
+    if not taken:
         return None
     stats = zip(*posterior.interval(0.9).tolist(), posterior.rhat.tolist(), posterior.ess.tolist())
     stats = dict(zip(theta, map(list, stats)))
@@ -398,7 +400,8 @@ def read_flags() -> tuple[argparse.Namespace, dict]:
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     fixed = set(given) - {"steps", "device", "llm", "model", "llm_options", "workers"}
     if given and args.play or fixed and args.resume:
-        parser.error(f"--{min(fixed or given)} cannot change in an existing run: leave it out")
+        flag = min(fixed or given).replace("_", "-")
+        parser.error(f"--{flag} does not go with --resume or --play: leave it out")
     return args, given
 
 
