@@ -96,7 +96,7 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            least = {"seed": 0, "explore": 0, "ranked": 2, "gain": -1}
+            least = {"seed": 0, "explore": 0, "ranked": 2, "gain": -1, "disagree": -1}
             least = least.get(f.name, 1 if f.type is int else 0)
             if f.type in (int, float) and not least <= getattr(self, f.name) < 2**63:
                 raise ValueError(f"--{f.name.replace('_', '-')} must be a number from {least} on")
@@ -284,7 +284,8 @@ def update_theta(llm: LLM, task, state: State, c: Config, rng) -> Change | None:
     returns = reward.returns(T)(latest.theta)
     wrong = float(discordance(returns, pairs))
     show_ranking(ranking, returns, len(pairs), wrong)
-    change = align(reward, state, c, rng) if wrong > c.disagree else None
+    disagrees = len(pairs) > 0 and wrong > c.disagree
+    change = align(reward, state, c, rng) if disagrees else None
     # if θ is still the same: θ ← what the LLM says blocks the skill
     return change or unblock(llm, task, reward, state, T, wrong)
 
