@@ -22,7 +22,7 @@ import study  # noqa: E402
 from llm import Reply  # noqa: E402
 from standin import StandIn  # noqa: E402
 
-TINY = dict(steps=200, update_every=100, ranked=2, eval_every=50, eval_episodes=1, explore=100)
+TINY = dict(steps=200, update_every=150, ranked=3, eval_every=50, eval_episodes=1, explore=100)
 TINY.update(batch=16, hidden=16, alone=2.0, disagree=-1.0, gain=-1.0)
 KEPT = {**TINY, "gain": 1.0}  # θ never changes
 JOBS = [study.job("touch", method, 1, **TINY) for method in ("selfalign", "sparse", "fixed")]
