@@ -40,7 +40,7 @@ def pairs_of(ranking) -> np.ndarray:
 
 
 def discordance(returns, pairs) -> np.ndarray:
-    """Share (...) of the pairs that returns (..., K) order the other way round; ties count half."""
+    """Share (...) of the pairs that returns (..., K) order otherwise; ties and NaN count half."""
     margin = np.diff(np.take(returns, np.reshape(pairs, (-1, 2)).astype(int), axis=-1))[..., 0]
     return (0.5 + 0.5 * np.nan_to_num(np.sign(margin))).sum(axis=-1) / max(1, margin.shape[-1])
 

@@ -152,9 +152,18 @@ class Run:
                 raise RunError(f"{self.folder} cannot resume: {error}") from None
             self.began = (time.monotonic(), state.step)
             print(f"Continuing from the checkpoint at {state.step:,} steps.\n", flush=True)
-        # Where a second run that was started at the same time has made this folder: an error.
-        (self.folder / "episodes").mkdir(parents=True, exist_ok=bool(self.settings))
-        self._write("settings.json", lambda f: f.write(json.dumps(settings, indent=2).encode()))
+        text = json.dumps(settings, indent=2).encode()
+        if self.settings:
+            self._write("settings.json", lambda f: f.write(text))
+            return state, next_tau
+        # The folder of a new run appears whole. The rename fails if another run was faster.
+        whole = self.folder.with_name(f".{self.folder.name}")
+        (whole / "episodes").mkdir(parents=True, exist_ok=True)
+        (whole / "settings.json").write_bytes(text)
+        try:
+            whole.rename(self.folder)
+        except OSError as error:
+            raise RunError(f"{self.folder} cannot be made: {error}") from None
         return state, next_tau
 
     def keep(self, episode: Episode, number: int) -> None:

@@ -180,6 +180,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             losses = agent.update(buffer.sample(c.batch, rng), std, generator)
 
         # every 1,000 steps: evaluate; stop when all 20 episodes succeed, twice in a row
+        # (this is the evaluation that began 1,000 steps ago)
         if evaluation and crossed(c.eval_every):
             run.evaluated(state, evaluation.result(), r_theta)
             evaluation = None

@@ -70,8 +70,8 @@ def read_attempt(body: str) -> dict:
     """One description.
 
     fulfils: bool. readings: (first, lowest, highest) by feature. steps, run: by condition, the
-    share of steps in which it held, and its longest run before a limit was broken. excess: the
-    worst reading of a limit as a multiple of it; 0 if all were kept.
+    share of steps in which it held, and its longest run. excess: the worst reading of a limit as a
+    multiple of it; 0 if all were kept.
     """
     readings, steps, run, excess = {}, {}, {}, [0.0]
     for name, first, low, high in re.findall(
@@ -82,9 +82,8 @@ def read_attempt(body: str) -> dict:
         r"^ +(\w+ [<>]=? .*?): (\d+ of \d+) steps(.*)$", body, re.MULTILINE
     ):
         longest = re.search(r"longest run (\d+)", rest)
-        before = re.search(r", (\d+) before a limit broke", rest) or longest
         steps[condition] = int(held.split()[0]) / int(held.split()[-1])
-        run[condition] = int(before[1]) if before else 0
+        run[condition] = int(longest[1]) if longest else 0
     for limit, worst in re.findall(
         r"^ +limit \w+ [<>]=? (\S+): broken .* (?:highest|lowest) reading (\S+)$",
         body,

@@ -1,6 +1,7 @@
 """Runs in which a language model ranked, beside the stand-in and the fixed reward.
 
     python experiments/ranked.py experiments/transcripts/model/*   # prints the table of RESULTS.md
+    python experiments/ranked.py experiments/transcripts/blind     # the same rankings, shown less
 
 A run is a folder with llm.jsonl, metrics.csv and theta.csv. Beside it, NAME.standin.csv and
 NAME.fixed.csv are the metrics.csv of the same seed and first reward with the stand-in's rankings,
@@ -29,20 +30,30 @@ def preferences(prompt: str, reply: str) -> set:
     return set(map(tuple, pairs_of(read_ranking(reply, count)).tolist()))
 
 
-def rankings(folder: Path) -> list[dict]:
-    """Of each ranking: pairs ordered, agreement with the stand-in's, tokens, seconds."""
-    found = []
-    for line in (folder / "llm.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["kind"] != "rank" or not record.get("reply"):
-            continue
-        mine = preferences(record["prompt"], record["reply"])
-        scripted = StandIn()([{"role": "user", "content": record["prompt"]}]).text
-        theirs = preferences(record["prompt"], scripted)
-        both = len(mine & theirs) + len({(b, a) for a, b in mine} & theirs)
-        agreement = len(mine & theirs) / both if both else np.nan
-        found.append({"pairs": len(mine), "agreement": agreement, "seconds": record["seconds"]})
-    return found
+def agreement(some: set, others: set) -> float:
+    """The share of the pairs ordered by both that both order alike, in percent."""
+    both = len(some & others) + len({(b, a) for a, b in some} & others)
+    return 100 * len(some & others) / both if both else np.nan
+
+
+def rankings(folder: Path) -> list[tuple[str, set]]:
+    """The prompts of a run's answered rankings, and the preferences in the answers."""
+    lines = (folder / "llm.jsonl").read_text(encoding="utf-8").splitlines()
+    ranks = [r for r in map(json.loads, lines) if r["kind"] == "rank" and r.get("reply")]
+    return [(rank["prompt"], preferences(rank["prompt"], rank["reply"])) for rank in ranks]
+
+
+def stand_in(prompt: str) -> set:
+    return preferences(prompt, StandIn()([{"role": "user", "content": prompt}]).text)
+
+
+def blind(folder: Path) -> None:
+    """Prints how far rankings of bare readings agree with those of full descriptions."""
+    for path in sorted(folder.glob("*.prompt.txt")):
+        task = path.name.partition(".")[0]
+        prompt, answer = path.read_text(), (folder / f"{task}.answer.md").read_text()
+        _, full = rankings(folder.parent / f"{task}-71")[-1]
+        print(f"{task}: {agreement(preferences(prompt, answer), full):.1f} % of the pairs")
 
 
 def evaluations(path: Path) -> dict[int, float]:
@@ -65,14 +76,20 @@ def row(folder: Path) -> list[str]:
         start = step // 1_000 * 1_000
         shares = [success.get(start + after, np.nan) for after in (0, 1_000, 3_000)]
         told.append(f"{start:,} ({cause}): " + " → ".join(f"{share:.0%}" for share in shares))
-    asked = rankings(folder)
-    agreement = ", ".join(f"{100 * ranking['agreement']:.1f}" for ranking in asked)
+    alike = [agreement(ranked, stand_in(prompt)) for prompt, ranked in rankings(folder)]
     beside = [folder.with_name(f"{folder.name}.{other}.csv") for other in ("standin", "fixed")]
     steps = [learnt(path) for path in (folder / "metrics.csv", *beside)]
-    return [folder.name, *steps, "; ".join(told).replace("nan%", "–") or "none", agreement]
+    return [
+        folder.name,
+        *steps,
+        "; ".join(told).replace("nan%", "–") or "none",
+        ", ".join(f"{a:.1f}" for a in alike),
+    ]
 
 
 def main():
+    if sys.argv[1:] and Path(sys.argv[1]).name == "blind":
+        return blind(Path(sys.argv[1]))
     print("| run | model ranks | stand-in ranks | fixed ", end="")
     print("| θ changed at: success then → after 1,000 → after 3,000 | agreement, % |")
     print("| --- " * 6 + "|")

@@ -2,18 +2,14 @@
 
 import copy
 import math
-import os
 import pickle
-import re
-import shutil
-import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import example, run_alone
 
 import envs
 from envs import EPISODE_STEPS, TASKS, WORKSPACE, Feature, PandaEnv, Space, Task, check_env
@@ -80,12 +76,7 @@ def series(infos, name):
 
 
 def test_example_runs_alone(tmp_path):
-    shutil.copy(envs.__file__, tmp_path)
-    example = re.search(r"\n\n((?:    .*\n|\n)+)", envs.__doc__)[1]
-    (tmp_path / "example.py").write_text(textwrap.dedent(example))
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    printed = subprocess.check_output([sys.executable, "example.py"], cwd=tmp_path, env=clean)
-    assert printed == b"0.0\nFalse\n"  # PyBullet adds nothing
+    assert run_alone(envs, example(envs), tmp_path) == "0.0\nFalse\n"  # PyBullet adds nothing
 
 
 def test_same_seed_same_bytes(env, make):

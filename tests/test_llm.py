@@ -2,13 +2,10 @@
 
 import base64
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from contextlib import suppress
@@ -20,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import example, run_alone
 
 import llm
 from llm import LLM, Chat, LLMError, ReplayError, Reply, UnusableReply
@@ -590,11 +588,6 @@ def test_service_is_set(monkeypatch):
 
 
 def test_example_alone(tmp_path):
-    shutil.copy(llm.__file__, tmp_path)
     shutil.copytree(llm.PROMPTS, tmp_path / "prompts")
-    example = re.search(r"\n(( {4}.*\n|\n)+)", llm.__doc__.partition(" own:\n")[2])[1]
-    (tmp_path / "example.py").write_text(textwrap.dedent(example) + "print(groups)\n")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "example.py"]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ran.stdout == "[[2], [1, 3]]\n", ran.stderr
+    program = f"{example(llm)}\nprint(groups)"
+    assert run_alone(llm, program, tmp_path) == "[[2], [1, 3]]\n"

@@ -40,6 +40,7 @@ def test_discordance():
     np.testing.assert_allclose(mh.discordance(batch, pairs), [[0, 1], [1 / 6, 0.5]])
     assert mh.discordance([3, 1, 2], pairs) == pytest.approx(1 / 3)
     np.testing.assert_array_equal(mh.discordance(np.ones((4, 3)), []), np.zeros(4))
+    assert mh.discordance([np.nan, 2, 1], pairs) == pytest.approx(1 / 3)
 
 
 def test_loss_equation():

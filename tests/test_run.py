@@ -107,8 +107,10 @@ def test_the_last_policy_survives_a_kill(copy, go):
 def test_two_runs_started_together_do_not_share_a_folder(tmp_path):
     first, second = Run(tmp_path / "a"), Run(tmp_path / "a")
     assert not (tmp_path / "a").exists()  # nothing is written before `begin`
+    (tmp_path / ".a" / "episodes").mkdir(parents=True)  # a run that was killed as it began
     first.begin({"seed": 1}, None, None)
-    with pytest.raises(FileExistsError):
+    assert (tmp_path / "a" / "episodes").exists() and not (tmp_path / ".a").exists()
+    with pytest.raises(RunError, match="cannot be made"):
         second.begin({"seed": 2}, None, None)
     assert "1" in (tmp_path / "a" / "settings.json").read_text()
 

@@ -220,8 +220,16 @@ class Prefers(Answers):
         return Reply("RANKING: " + " > ".join(str(i + 1) for i in np.argsort(highest)))
 
 
-def update(backend, state):
-    return update_theta(LLM(backend), TASK, state, Config(ranked=4), np.random.default_rng(0))
+def update(backend, state, **values):
+    c = Config(ranked=4, **values)
+    return update_theta(LLM(backend), TASK, state, c, np.random.default_rng(0))
+
+
+def test_all_equal_asks_for_an_analysis():
+    state = state_with(dots([0.1, 0.2, 0.3, 0.4]), {"scale": 5.0, "w": 3.0})
+    analysis = '{"blocked_by": "w", "params": {"w": 1.0}}'
+    backend = Answers("RANKING: 1 = 2 = 3 = 4", analysis)
+    assert update(backend, state, disagree=-1.0).cause == "analysis"
 
 
 def test_disagreement_asks_for_no_analysis():
