@@ -150,7 +150,6 @@ class LLM:
 # The paper's three questions: propose a reward, rank attempts, analyse what blocks the skill.
 
 PROMPTS = Path(__file__).parent / "prompts"
-COMPARE = {">": np.greater, ">=": np.greater_equal, "<=": np.less_equal}
 
 
 def prompt(name: str, **values) -> str:
@@ -165,9 +164,9 @@ def propose_question(task, functions) -> str:
     return prompt("propose", **_words(task), rules=rules)
 
 
-def rank_question(task, trajectories) -> str:
-    """The prompt that asks to rank trajectories, (T, F) arrays."""
-    shown = describe(task, trajectories)
+def rank_question(task, trajectories, notes=None) -> str:
+    """The prompt that asks to rank trajectories, (T, F) arrays, with a note on each."""
+    shown = describe(task, trajectories, notes)
     return prompt("rank", **_words(task), count=len(trajectories), trajectories=shown)
 
 
@@ -196,68 +195,50 @@ def _words(task) -> dict:
         features.append(f"- {name} {usual}: {feature.text}")
     words = {name: getattr(task, name) for name in ("goal", "robot", "details", "discount")}
     words.update(task=task.name, features="\n".join(features), rate=f"{1 / task.dt:g}")
+    words["readings"] = prompt("readings").strip()
     words.update(steps=task.horizon, horizon=f"{task.horizon} steps ({task.horizon * task.dt:g} s)")
     return words
 
 
 def describe(task, trajectories, notes=None) -> str:
-    """Trajectories, (T, F) arrays, as text, numbered from 1, each followed by its note."""
+    """Trajectories, (T, F) arrays, as text, numbered from 1, each followed by its note.
+
+    These are readings alone: nothing says whether an attempt succeeds or how far it gets.
+    """
     texts = []
     for i, trajectory in enumerate(trajectories):
-        text = describe_attempt(i + 1, dict(zip(task.features, trajectory.T, strict=True)), task)
-        texts.append(f"{text}\n  {notes[i]}" if notes and notes[i] else text)
+        lines = [f"Attempt {i + 1}:"]
+        for (name, feature), x in zip(task.features.items(), trajectory.T, strict=True):
+            span = max(1e-9, feature.high - feature.low)
+            digits = max(3, 1 - math.floor(math.log10(span)))  # finer where readings are small
+            lines.append(f"{name} {describe_readings(np.round(x, digits) + 0.0)}")
+        texts.append("\n".join(lines + notes[i : i + 1] if notes else lines))
     return "\n\n".join(texts)
 
 
-def describe_attempt(label: int, series: dict, task) -> str:
-    """One trajectory as text, below 400 tokens: verdict, limits, stages, readings at four moments.
+def describe_readings(x: np.ndarray) -> str:
+    """The first reading of x (T,), the lowest and highest, the last, and when x is not 0.
 
-    series: (T,) arrays by feature. See envs.Task for when an attempt fulfils its task.
+    prompts/readings.txt explains the notation. It saves tokens: numbers cost one a character.
     """
-    length = len(next(iter(series.values())))
-
-    def at(step):
-        return f"{(step + 1) * task.dt:.2f}"
-
-    def met(conditions):
-        return np.all([COMPARE[sign](series[name], v) for name, sign, v in conditions], axis=0)
-
-    breaks = {limit: np.flatnonzero(met([limit])) for limit in task.limits}
-    first_break = min((int(steps[0]) for steps in breaks.values() if len(steps)), default=length)
-    done = in_a_row(met(task.success)) >= task.steps
-    verdict = "fulfils" if done.any() and first_break == length else "does not fulfil"
-    lines = [f"Attempt {label}: {verdict} the task"]
-    if done.any():
-        but = "" if first_break == length else " but for the limits"
-        lines[0] += f" (done{but} at {at(done.argmax())} s)"
-    for (name, sign, value), steps in breaks.items():
-        kept = {">": "<=", ">=": "<", "<=": ">"}[sign]
-        side, worst = ("lowest", np.min) if sign == "<=" else ("highest", np.max)
-        line = f"  limit {name} {kept} {value:g}: "
-        if len(steps):
-            line += f"broken first at {at(steps[0])} s, in {len(steps)} steps, "
-            line += f"{side} reading {worst(series[name]):.4g}"
-        lines.append(line if len(steps) else line + "kept")
-    for conditions in [*([stage] for stage in task.stages), task.success]:
-        held = met(conditions)
-        run = in_a_row(held)
-        words = " and ".join(f"{name} {sign} {value:g}" for name, sign, value in conditions)
-        line = f"  {words}: {held.sum()} of {length} steps"
-        if held.any():
-            line += f", first at {at(held.argmax())} s, longest run {run.max()} "
-            line += f"from {at(run.argmax() - run.max() + 1)} s"
-            if first_break < length:
-                line += f", {run[:first_break].max(initial=0)} before a limit broke"
-        lines.append(line)
-    moments = np.unique(np.linspace(0, length - 1, 4).round().astype(int))
-    lines.append(f"  time {' '.join(map(at, moments))} | lowest highest")
-    for name, values in series.items():
-        span = max(1e-9, task.features[name].high - task.features[name].low)
-        digits = max(3, 1 - math.floor(math.log10(span)))  # finer where readings are small
-        shown = [*values[moments], values.min(), values.max()]
-        shown = [f"{round(float(value), digits) + 0.0:.3g}" for value in shown]
-        lines.append(f"  {name} {' '.join(shown[:-2])} | {' '.join(shown[-2:])}")
-    return "\n".join(lines)
+    shown, last = {0: x[0]}, len(x) - 1
+    for extreme in (x.min(), x.max()):
+        near = np.abs(x - extreme) <= 0.1 * np.ptp(x)
+        shown.setdefault(int(near.argmax()), extreme)
+    shown[last], words = x[last], []
+    for step, value in sorted(shown.items()):
+        word = re.sub(r"^(-?)0\.", r"\1.", f"{value:.3g}")
+        if not words or word != words[-1].partition("@")[0]:
+            words.append(word if step in (0, last) else f"{word}@{step + 1}")
+    on = np.flatnonzero(x) + 1
+    if 0 < len(on) <= last:
+        run = in_a_row(x != 0)
+        end = int(run.argmax()) + 1
+        words[-1] += ","
+        words.append(f"on {on[0]}-{on[-1]}")
+        if run.max() < len(on):
+            words.append(f"for {len(on)}, longest {end - run.max() + 1}-{end}")
+    return " ".join(words)
 
 
 def in_a_row(held) -> np.ndarray:

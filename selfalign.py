@@ -58,7 +58,7 @@ from run import (
     show_posterior,
     show_ranking,
 )
-from standin import StandIn
+from standin import StandIn, progress
 
 
 @dataclass
@@ -273,7 +273,8 @@ def update_theta(llm: LLM, task, state: State, c: Config, rng) -> Change | None:
     T = [state.features[i] for i in numbers]
     # rank T by the LLM; D ← D ∪ its pairs
     try:
-        question = rank_question(task, T)
+        # A language model is shown readings alone. The stand-in, a script, needs a score as well.
+        question = rank_question(task, T, progress(llm, task, T))
         ranking = llm.ask("rank", question, lambda text: read_ranking(text, len(T)))
     except LLMError as error:
         print(f"\n  The LLM ranks nothing, so θ stays as it is: {error}\n", flush=True)

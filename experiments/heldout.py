@@ -18,12 +18,12 @@ import numpy as np
 import study  # noqa: F401, it finds the modules
 
 from envs import TASKS
-from llm import LLM, describe, read_code
+from llm import LLM, read_code
 from mh import discordance
 from reward import Reward
 from run import Change, State
 from selfalign import Config, update_theta
-from standin import EQUAL, StandIn, read_attempts, score
+from standin import EQUAL, StandIn, score
 
 MOST = 150  # episodes of each kind that are compared
 KINDS = ("ranked", "held", "late")
@@ -38,8 +38,7 @@ def read_features(folder: Path) -> list[np.ndarray]:
 
 def agreement(reward: Reward, theta: dict, task, T: list) -> float:
     """Share of the pairs of T that R_θ orders like the stand-in's scores; NaN without a pair."""
-    attempts = read_attempts(describe(task, T)).values()
-    scores = np.array([score(attempt, task.steps) for attempt in attempts])
+    scores = np.array([score(task, tau) for tau in T])
     pairs = np.argwhere(scores[:, None] > scores[None, :] + EQUAL) if len(T) else []
     return 1 - discordance(reward.returns(T)(theta), pairs) if len(pairs) else np.nan
 

@@ -14,6 +14,7 @@ from mh import discordance, pairs_of
 from reward import FUNCTIONS, Reward
 from run import Change
 from selfalign import ANALYSED, choose, pay_note, update_theta
+from standin import progress
 
 
 def again(llm, task, state, c, rng) -> Change | None:
@@ -45,7 +46,7 @@ def rewrite(llm, task, state, c, rng) -> Change | None:
         return Change(state.step, "rewrite", new.source, new.params, new.params)
 
     try:
-        pairs = llm.ask("rank", rank_question(task, T), pairs_in)
+        pairs = llm.ask("rank", rank_question(task, T, progress(llm, task, T)), pairs_in)
         question = rewrite_question(task, reward, state, T, pairs)
         new = llm.ask("rewrite", question, reward_in)
     except LLMError as error:

@@ -124,7 +124,7 @@ def test_rewrite_changes_the_reward(go, tmp_path):
     lines = (tmp_path / "a" / "llm.jsonl").read_text().splitlines()
     asked = [json.loads(line)["prompt"] for line in lines if "rewrite" in line[:20]]
     assert "def r(distance, speed, scale=5.0" in asked[0] and "width=1.0" in asked[1]
-    assert "\nAttempt 4: " in asked[1] and "reward per step" in asked[1] and "$" not in asked[1]
+    assert "\nAttempt 4:\n" in asked[1] and "reward per step" in asked[1] and "$" not in asked[1]
 
 
 def test_again_asks_soon_after_a_change(go, tmp_path):

@@ -45,6 +45,13 @@ def test_tables_come_from_their_csv():
         assert re.search(r"^\| {} .*\| {}: {} \|".format(*map(re.escape, row)), README, re.M)
 
 
+def test_views_come_from_their_csv():
+    sys.path.insert(0, str(ROOT / "experiments"))
+    from ranked import views_table
+
+    assert views_table() in (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
+
+
 def test_runs_a_model_ranked_are_told_as_they_went():
     sys.path.insert(0, str(ROOT / "experiments"))
     from ranked import row

@@ -206,18 +206,18 @@ def test_align_takes_nothing(source, theta, distances):
 
 
 class Prefers(Answers):
-    """Ranks attempts by the highest reading of a feature, the least first; then gives answers."""
+    """Ranks attempts by the first reading of a feature, the least first; then gives answers."""
 
     def __init__(self, feature, *answers):
         super().__init__(*answers)
-        self.pattern = rf"^  {feature} .*\| .* (\S+)$"
+        self.pattern = rf"^{feature} ([\d.]+)"
 
     def __call__(self, messages):
         text = messages[0]["content"]
         if "blocked_by" in text:
             return super().__call__(messages)
-        highest = np.array(re.findall(self.pattern, text, re.MULTILINE), float)
-        return Reply("RANKING: " + " > ".join(str(i + 1) for i in np.argsort(highest)))
+        first = np.array(re.findall(self.pattern, text, re.MULTILINE), float)
+        return Reply("RANKING: " + " > ".join(str(i + 1) for i in np.argsort(first)))
 
 
 def update(backend, state, **values):

@@ -1,4 +1,4 @@
-"""The scripted stand-in, on descriptions as `llm.describe` writes them."""
+"""The scripted stand-in."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ from conftest import TASK
 
 from envs import TASKS
 from llm import (
+    LLM,
     LLMError,
     analyse_question,
     propose_question,
@@ -14,7 +15,7 @@ from llm import (
     read_ranking,
 )
 from reward import FUNCTIONS, Reward
-from standin import EQUAL, StandIn, read_attempts, score
+from standin import EQUAL, StandIn, progress, score
 
 TOUCH = TASKS["touch"]
 NAMES = list(TOUCH.features)
@@ -37,12 +38,12 @@ def ask(question):
 
 
 def scores(*attempts):
-    found = read_attempts(rank_question(TOUCH, attempts))
-    return [score(found[label], 10) for label in range(1, len(attempts) + 1)]
+    return [score(TOUCH, tau) for tau in attempts]
 
 
-def ranking(*attempts):
-    return read_ranking(ask(rank_question(TOUCH, attempts)), len(attempts))
+def ranking(*attempts, task=TOUCH):
+    question = rank_question(task, attempts, progress(LLM(StandIn()), task, attempts))
+    return read_ranking(ask(question), len(attempts))
 
 
 def test_scores():
@@ -63,6 +64,12 @@ def test_ranking_follows_scores():
     assert ranking(far, rough, done, near) == [[3], [4], [2], [1]]
 
 
+def test_a_language_model_is_told_no_score():
+    assert progress(LLM(lambda messages: None), TOUCH, [touch()]) is None
+    with pytest.raises(LLMError, match="progress"):
+        ask(rank_question(TOUCH, [touch(), touch()]))
+
+
 def test_close_scores_are_equal_to_the_best_of_their_group():
     step = 0.9 * EQUAL * 0.15  # of the way of 0.15 m to the first stage
     attempts = [touch(closest=0.10 + i * step) for i in range(3)]
@@ -72,7 +79,7 @@ def test_close_scores_are_equal_to_the_best_of_their_group():
 def test_other_tasks_are_ranked():
     tau = np.column_stack([np.linspace(1.0, 0.0, 20), np.zeros(20)])
     attempts = [tau, tau + [0.5, 0.0]]
-    assert read_ranking(ask(rank_question(TASK, attempts)), 2) == [[1], [2]]
+    assert ranking(*attempts, task=TASK) == [[1], [2]]
 
 
 @pytest.mark.parametrize("task", TASKS)
