@@ -62,7 +62,7 @@ class Task:
     stages: tuple = ()  # conditions on the way to success, to describe trajectories
     limits: tuple = ()  # conditions that fail the episode
     robot: str = "a robot"  # what is there, for the prompts
-    details: str = "."  # text that follows `robot` in the prompt that asks for a reward
+    details: str = "."  # text that follows `robot` where the LLM writes or analyses a reward
     dt: float = DT  # s per step
     horizon: int = EPISODE_STEPS  # steps per episode
     discount: float = 0.97  # of the return that the agent maximises
@@ -146,8 +146,8 @@ TOUCH = _panda_task(
     "touch",
     "Touch the block and keep contact with it for 10 consecutive control steps (0.5 s), gently: "
     "the contact force must never exceed 2 N and the block must never be further than 0.05 m from "
-    "where it started, at any time of the attempt. The gripper stays closed and starts 0.1 to "
-    "0.23 m from the block.",
+    "where it started, at any time of the attempt. The gripper stays closed and starts mostly "
+    "0.1 to 0.23 m from the block.",
     "hand_to_block hand_beside_block hand_above_block hand_height hand_speed contact_force "
     "block_displacement block_speed",
     stages=(("hand_to_block", "<=", 0.05),),
@@ -160,7 +160,7 @@ GRASP = _panda_task(
     "grasp",
     "Grasp the block and lift it: hold it between both fingers with its underside 0.08 m or more "
     "above the table for 5 consecutive control steps (0.25 s). The gripper starts open, about "
-    "0.12 m higher than the block and up to 0.12 m, mostly 0.06 m, beside it.",
+    "0.12 m higher than the block and up to 0.15 m, mostly 0.06 m, beside it.",
     "hand_to_block hand_beside_block hand_above_block hand_height gripper_opening contact_force "
     "grip_force block_height block_displacement",
     stages=(("hand_to_block", "<=", 0.02), ("grip_force", ">", 0.0)),

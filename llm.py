@@ -196,7 +196,7 @@ def _words(task) -> dict:
     words = {name: getattr(task, name) for name in ("goal", "robot", "details", "discount")}
     words.update(task=task.name, features="\n".join(features), rate=f"{1 / task.dt:g}")
     words["readings"] = prompt("readings").strip()
-    words.update(steps=task.horizon, horizon=f"{task.horizon} steps ({task.horizon * task.dt:g} s)")
+    words["horizon"] = f"{task.horizon} steps ({task.horizon * task.dt:g} s)"
     return words
 
 

@@ -200,7 +200,8 @@ def sac(args):
         while successes[-2:] != [1.0, 1.0] and model.num_timesteps < args.steps:
             model.learn(1_000, reset_num_timesteps=False)
             act = partial(model.predict, deterministic=True)
-            lived = [rollout(env, lambda obs: act(obs)[0], 1_000_000 + i) for i in range(20)]
+            names = tuple(TASKS[task].features)
+            lived = [rollout(env, lambda obs: act(obs)[0], 10**6 + i, names) for i in range(20)]
             successes.append(np.mean([episode.success for episode in lived]))
         return model.num_timesteps - 1_000 if successes[-2:] == [1.0, 1.0] else None
 
