@@ -288,8 +288,8 @@ class PandaEnv:
         self._check_open()
         started = time.perf_counter()
         action = np.asarray(action, dtype=float)
-        fits = action.shape == (4,) and np.isfinite(action).all()
-        _require(fits, f"an action is 4 finite numbers, not {action}")
+        if action.shape != (4,) or not np.isfinite(action).all():
+            raise ValueError(f"an action is 4 finite numbers, not {action}")
         if self.t >= self.task.horizon:
             raise RuntimeError("the episode is over: call reset() first")
         self._move(np.clip(action, -1.0, 1.0))

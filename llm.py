@@ -426,6 +426,8 @@ def _read_transcript(path, whole_lines=False) -> tuple[dict, int]:
 class Manual:
     """A person, or any chat window: shows the prompt and reads the pasted answer."""
 
+    words = "you: paste the answers at the prompt"
+
     def __call__(self, messages: list[dict]) -> Reply:
         print(f"\n{'=' * 30} prompt {'=' * 30}\n{messages[-1]['content']}\n{'=' * 68}")
         print("Paste the answer, then a line that holds only END:", flush=True)

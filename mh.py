@@ -40,9 +40,9 @@ def pairs_of(ranking) -> np.ndarray:
 
 
 def discordance(returns, pairs) -> np.ndarray:
-    """Share (...) of the pairs that returns (..., K) order otherwise; ties and NaN count half."""
-    margin = np.diff(np.take(returns, np.reshape(pairs, (-1, 2)).astype(int), axis=-1))[..., 0]
-    return (0.5 + 0.5 * np.nan_to_num(np.sign(margin))).sum(axis=-1) / max(1, margin.shape[-1])
+    """Share, shape (...), of pairs that returns (..., K) order otherwise; ties, NaN count half."""
+    x = np.diff(np.take(returns, np.reshape(pairs, (-1, 2)).astype(int), axis=-1))[..., 0]
+    return (0.5 + 0.5 * np.nan_to_num(np.sign(x))).sum(axis=-1) / max(1, x.shape[-1])
 
 
 def preference_loss(returns, pairs, weights=1.0, beta=BETA) -> np.ndarray:
@@ -154,21 +154,24 @@ def rhat_ess(draws) -> tuple[np.ndarray, np.ndarray]:
     """R-hat, ESS (P,) of draws (C, S, P) (Vehtari et al., 2021); inf, 0 if stuck or not finite."""
     valid = np.isfinite(draws).all(axis=(0, 1)) & (draws != draws[:, :1]).any(axis=(0, 1))
     draws, n = np.where(valid, draws, 0.0).transpose(2, 0, 1), draws.shape[1] // 2
+    # Halves of chains, and their distances from the median: R-hat of location and of spread.
     halves, size = np.concatenate([draws[..., :n], draws[..., -n:]], axis=1), 2 * n * draws.shape[1]
     x = np.array([halves, np.abs(halves - np.median(halves, axis=(1, 2), keepdims=True))])
+    # Rank normalisation; ties share their average rank.
     levels = (np.arange(2, 2 * size + 1) / 2 - 0.375) / (size + 0.25)  # of ranks 1, 1.5, ..., size
     quantiles = np.array([NormalDist().inv_cdf(level) for level in levels])
-    for row in x.reshape(-1, size):  # rank normalisation; ties share their average rank
+    for row in x.reshape(-1, size):
         _, place, count = np.unique(row, return_inverse=True, return_counts=True)
         row[:] = quantiles[2 * np.cumsum(count) - count - 1][place]
     within, between = x.var(axis=-1, ddof=1).mean(axis=-1), x.mean(axis=-1).var(axis=-1, ddof=1)
+    # Autocorrelation rho by FFT, and its sum by Geyer's (1992) initial monotone sequence.
     spectrum = np.fft.rfft(x[0] - x[0].mean(axis=-1, keepdims=True), 2 * n)
     covariance = np.fft.irfft(np.abs(spectrum) ** 2)[..., :n].mean(axis=1).T / n  # (n, P)
     with np.errstate(divide="ignore", invalid="ignore"):
         rhat = np.sqrt(1 - 1 / n + np.fmax(*(between / within)))
         rho = 1 - (within[0] - covariance) / (within[0] * (1 - 1 / n) + between[0])
     rho[0] = 1.0
-    sums = rho[: n - n % 2].reshape(n // 2, 2, -1).sum(axis=1)  # Geyer (1992): of pairs in a row
+    sums = rho[: n - n % 2].reshape(n // 2, 2, -1).sum(axis=1)
     kept = np.minimum.accumulate(sums, axis=0) * np.logical_and.accumulate(sums > 0, axis=0)
     ess = size / np.maximum(2 * kept.sum(axis=0) - 1, 1 / np.log10(size))
     return np.where(valid, rhat, np.inf), np.where(valid, ess, 0.0)

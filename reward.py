@@ -33,6 +33,7 @@ LANGUAGE += "np.where(condition, a, b) for if, " + ", ".join(f"np.{name}" for na
 HEADER = "from __future__ import annotations\n\nimport numpy as np\n\n\n"
 MAX_CHARS, MAX_PARAMS, BOUND = 8000, 12, 1e4  # the critic learns in single precision
 PYTHON, NUMPY, CONDITION = "PYTHON", "NUMPY", "CONDITION"
+WRAP = None  # an edit that puts np.float64(...) around an expression; other edits are texts
 
 
 class RewardError(ValueError):
@@ -123,7 +124,7 @@ class _Checked:
                 return self._numbers(operands)
             case ast.BinOp(_, op) | ast.Compare(_, [op]) if isinstance(op, OPERATORS):
                 if self._numbers(operands) == PYTHON:
-                    self.edits.append((operands[0], None))
+                    self.edits.append((operands[0], WRAP))
                 return CONDITION if isinstance(node, ast.Compare) else NUMPY
             case ast.UnaryOp(ast.Invert()) | ast.BinOp(_, ast.BitAnd() | ast.BitOr()):
                 if {self._kind(operand) for operand in operands} != {CONDITION}:
@@ -137,12 +138,15 @@ class _Checked:
 
     def _numbers(self, nodes, free=None):
         kinds = {node: self._kind(node) for node in nodes}
-        self.edits += [(n, None) for n in nodes if kinds[n] == CONDITION and n is not free]
+        self.edits += [(n, WRAP) for n in nodes if kinds[n] == CONDITION and n is not free]
         return PYTHON if {*kinds.values()} == {PYTHON} else NUMPY
 
 
 class Reward:
-    """A compiled reward. It reads `features`, some of `inputs`, and θ, at first `params`."""
+    """A compiled reward. inputs: names that it may read. Raises RewardError.
+
+    Attributes: features, the inputs that it reads; params, θ as the LLM wrote it.
+    """
 
     def __init__(self, source: str, features: list[str]):
         plain = "".join(c if c.isprintable() or c in "\n\t" else " " for c in source)
@@ -193,13 +197,13 @@ class Reward:
         for node, new in [*defaults, *edits]:
             i = starts[node.lineno - 1] + node.col_offset
             j = starts[node.end_lineno - 1] + node.end_col_offset
-            pieces += [(i, i, "np.float64("), (j, j, ")")] if new is None else [(i, j, new)]
+            pieces += [(i, i, "np.float64("), (j, j, ")")] if new is WRAP else [(i, j, new)]
         for i, j, new in sorted(pieces, reverse=True):
             text = text[:i] + new.encode() + text[j:]
         return text.decode()
 
     def python(self, params: dict[str, float]) -> str:
-        """A file of the same function with `params` as defaults. Floats give the same values."""
+        """A file of the same function with `params` as defaults, which takes arrays or floats."""
         return HEADER + self.source_with(params, self._checked.edits).lstrip()
 
 

@@ -230,7 +230,10 @@ class Run:
 
 
 def show_ranking(ranking: list, returns: np.ndarray, pairs: int, wrong: float) -> None:
-    """ranking: groups of equals, best first. wrong: share of the pairs R_θ orders otherwise."""
+    """ranking: groups of equals, best first. wrong: share of the pairs R_θ orders otherwise.
+
+    A pair of equal returns counts half.
+    """
     print(f"\n  Ranking {len(returns)} trajectories, best first")
     for who, groups in (("LLM", ranking), ("R_θ", [[i] for i in np.argsort(-returns)])):
         order = " > ".join(" = ".join(str(i + 1) for i in group) for group in groups)

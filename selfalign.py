@@ -5,8 +5,8 @@
     python selfalign.py --resume runs/touch-selfalign-1  # continue a run that was stopped
 
 An LLM writes a parameterised reward R_θ, and DrQ-v2 trains on it. Every 10,000 steps the LLM ranks
-some of the robot's trajectories. Where R_θ disagrees, Metropolis-Hastings re-samples θ; where it
-agrees and the skill still fails, the LLM is asked what blocks it. `train` is the algorithm.
+some of the robot's trajectories. Where R_θ disagrees, Metropolis-Hastings re-samples θ. If that
+yields no better θ, the LLM is asked what blocks the skill. `train` is the algorithm.
 """
 
 import argparse
@@ -82,7 +82,7 @@ class Config:
     beta: float = 0.9  # Boltzmann rationality
     disagree: float = 0.1  # R_θ may contradict this share of the ranked pairs
     gain: float = 0.03  # a new θ must order this share more of D's pairs like the LLM
-    alone: float = 0.66  # θ is left alone while the last three evaluations average this
+    alone: float = 0.66  # θ is left alone while the last three evaluations average this or more
     eval_every: int = 1_000  # steps between two evaluations
     eval_episodes: int = 20  # in one evaluation
     explore: int = 1_000  # steps of uniform random actions first
@@ -91,8 +91,8 @@ class Config:
     batch: int = 128  # transitions in one update
     lr: float = 1e-3  # Adam's
     hidden: int = 256  # width of actor and critics
-    saturation: float = 0.01  # see DrQV2
-    average: float = 0.002  # see DrQV2
+    saturation: float = 0.01  # weight of the penalty on the actor's pre-activations, see DrQV2
+    average: float = 0.002  # rate at which the greedy policy follows the explorer, see DrQV2
 
     def __post_init__(self):
         for f in fields(self):
@@ -142,6 +142,15 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
     agent = DrQV2(*shapes, c.device, c.lr, c.hidden, c.saturation, c.average, STRIDES)
     buffer = ReplayBuffer(2 * c.steps + limit, *shapes, len(names), discount=task.discount)
 
+    # R_θ ← the LLM proposes a reward
+    proposal = None
+    if c.proposal and not run.saved:
+        proposal = propose(llm, task, random_features, c.proposal)
+    state, next_tau = run.begin(asdict(c), agent, buffer)  # a resumed run: where it stood
+    if c.reward != "sparse" and not state.changes:
+        state.changes.append(proposal or propose(llm, task, random_features))
+    r_theta = critic_reward(task, state, buffer, random_features)
+
     def live_next():
         network = frozen(agent.explorer) if state.step >= c.explore else None
         key = [c.seed, EPISODES, len(state.features)]
@@ -151,17 +160,9 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
         key = [c.seed, EVALUATIONS, state.step]
         return evaluator.submit(evaluate, frozen(agent.greedy), key, c.eval_episodes, names, limit)
 
-    def crossed(every):
+    def crossed(every):  # whether the episode τ crossed a multiple of `every` steps
         return state.step // every > before // every
 
-    # R_θ ← the LLM proposes a reward
-    proposal = None
-    if c.proposal and not run.saved:
-        proposal = propose(llm, task, random_features, c.proposal)
-    state, next_tau = run.begin(asdict(c), agent, buffer)  # a resumed run: where it stood
-    if c.reward != "sparse" and not state.changes:
-        state.changes.append(proposal or propose(llm, task, random_features))
-    r_theta = critic_reward(task, state, buffer, random_features)
     next_tau, evaluation = next_tau or live_next(), state.evaluating and evaluate_now()
     losses = dict.fromkeys(("critic_loss", "actor_loss", "q"), math.nan)  # before any update
     while state.step < c.steps and not state.learnt:
@@ -180,7 +181,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             losses = agent.update(buffer.sample(c.batch, rng), std, generator)
 
         # every 1,000 steps: evaluate; stop when all 20 episodes succeed, twice in a row
-        # (this is the evaluation that began 1,000 steps ago)
+        # (the evaluation that is read here was begun at the last crossing, below)
         if evaluation and crossed(c.eval_every):
             run.evaluated(state, evaluation.result(), r_theta)
             evaluation = None
@@ -193,7 +194,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             change = update(llm, task, state, c, rng)
             state.changes += [change] if change else []
         if change or (tau.terminated and r_theta and r_theta.centre):
-            # relabel the whole buffer with the new R_θ
+            # relabel the whole buffer with the new R_θ, uncentred once an episode has terminated
             r_theta = critic_reward(task, state, buffer, random_features)
 
         if before >= c.explore and crossed(c.eval_every) and not state.learnt:
@@ -233,7 +234,7 @@ def evaluate(env, network: bytes, key: list, episodes: int, names: tuple, limit:
 
 
 def being_learnt(successes: list[float], c: Config) -> bool:
-    """Whether the last three evaluations succeed so often that a new θ would rather disturb."""
+    """Whether the last three evaluations average `alone`: a new θ would disturb what is learnt."""
     return len(successes) > 0 and np.mean(successes[-3:]) >= c.alone
 
 
@@ -363,7 +364,7 @@ def unblock(llm: LLM, task, reward: Reward, state: State, T: list, wrong: float)
     except LLMError as error:
         print(f"\n  No analysis: {error}\n", flush=True)
         return None
-    # A value that the LLM repeats, rounded as it was shown, is no change.
+    # The LLM was shown rounded values. One that it repeats is no change.
     params = {name: v for name, v in params.items() if not np.isclose(v, latest.theta[name], 1e-2)}
     show_analysis(blocked_by, latest.theta, params)
     if not params:
@@ -401,32 +402,28 @@ def read_flags() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--episodes", type=int, default=5, help="with --play (default: 5)")
     args = parser.parse_args()
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    fixed = set(given) - {"steps", "device", "llm", "model", "llm_options", "workers"}
-    if given and args.play or fixed and args.resume:
-        flag = min(fixed or given).replace("_", "-")
-        parser.error(f"--{flag} does not go with --resume or --play: leave it out")
+    free = {"steps", "device", "llm", "model", "llm_options", "workers"} if args.resume else set()
+    if (args.play or args.resume) and set(given) - free:
+        flag = min(set(given) - free).replace("_", "-")
+        parser.error(f"--{flag} does not go with --{'play' if args.play else 'resume'}")
+    if args.gif and not args.play:
+        parser.error("--gif goes with --play RUN")
     return args, given
 
 
 def choose_llm(c: Config, run: Run) -> LLM:
     """The LLM that c.llm names. Raises LLMError for one that cannot be used."""
-    if c.llm == "auto":
-        c.llm = "chat" if service_is_set() else "offline"
-    transcript, replay = run.folder / "llm.jsonl", None
-    if c.llm == "chat":
+    kind, _, replay = c.llm.partition(":")
+    if kind == "chat":
         backend = Chat(c.model, c.llm_options)
-        words = backend.words
-    elif c.llm == "manual":
-        backend, words = Manual(), "you: paste the answers at the prompt"
-    elif c.llm == "offline":
-        backend, words = StandIn(), "offline stand-in: scripted answers, NOT a language model"
-    elif c.llm.startswith("replay:") and c.llm != "replay:":
-        backend, replay = None, c.llm.removeprefix("replay:")
-        words = f"none: answers come from {replay}"
+    elif kind in ("offline", "manual"):
+        backend = StandIn() if kind == "offline" else Manual()
+    elif kind == "replay" and replay:
+        backend = None
     else:
         raise LLMError(f"unknown --llm {c.llm}: auto, chat, offline, manual or replay:FILE")
-    print(f"LLM: {words}", flush=True)
-    return LLM(backend, transcript, replay)
+    print(f"LLM: {backend.words if backend else f'none, answers come from {replay}'}", flush=True)
+    return LLM(backend, run.folder / "llm.jsonl", replay)
 
 
 def start(args: argparse.Namespace, given: dict) -> tuple[Config, Run, LLM | None]:
@@ -438,6 +435,8 @@ def start(args: argparse.Namespace, given: dict) -> tuple[Config, Run, LLM | Non
     else:
         c = Config(**{**(PIXELS if given.get("obs") == "pixels" else {}), **given})
         run = Run(c.out or free_folder(f"runs/{c.task}-{c.reward}-{c.seed}"))
+    if c.llm == "auto":
+        c.llm = "chat" if service_is_set() else "offline"
     print(f"Task: {c.task}. {TASKS[c.task].goal}\nReward: {c.reward}. Folder: {run.folder}")
     asks = c.reward == "selfalign" or (c.reward == "fixed" and not c.proposal)
     return c, run, choose_llm(c, run) if asks else None
@@ -460,10 +459,11 @@ def main():
         steps = train(make_env, TASKS[c.task], llm, run, c, update)
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. Continue:  {resume}")
-    except (LLMError, ReplayError, RunError, FloatingPointError) as error:
+    except (ReplayError, RunError, FloatingPointError) as error:
         sys.exit(f"\nselfalign: {error}")
-    except (OSError, BrokenProcessPool) as error:
-        sys.exit(f"\nselfalign: {error}. Continue:  {resume}")
+    except (LLMError, OSError, BrokenProcessPool) as error:
+        hint = f". Continue:  {resume}" if run.folder.exists() else ""
+        sys.exit(f"\nselfalign: {error}{hint}")
     learnt = f"is learnt: 100 % at {steps} environment steps, and again at the next evaluation"
     print(f"\n{c.task} {learnt if steps else f'was not learnt within {c.steps:,} steps'}")
     if (run.folder / "policy.pt").exists():

@@ -26,6 +26,8 @@ EQUAL = 0.1  # scores this close to the best of their group are equal to it
 class StandIn:
     """A backend of `llm.LLM`. Raises LLMError for questions that it does not know."""
 
+    words = "offline stand-in: scripted answers, NOT a language model"
+
     def __call__(self, messages: list[dict]) -> Reply:
         text = messages[0]["content"]
         task = re.search(r"^Task: (\w+)", text, re.MULTILINE)

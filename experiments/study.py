@@ -14,7 +14,6 @@ import argparse
 import csv
 import json
 import re
-import shutil
 import sys
 from collections import namedtuple
 from contextlib import redirect_stdout
@@ -129,9 +128,7 @@ def execute(job: Job, folder: str, after=None) -> str:
     where = finished(job, Path(folder))
     if not where:
         where = Path(folder) / job.name
-        begun = (where / "settings.json").exists()
-        if not begun:  # or killed before it had begun
-            shutil.rmtree(where, ignore_errors=True)
+        begun = where.exists()
         run, c = Run(where, resume=begun), config(job)
         if begun and {**run.settings, "steps": c.steps, "proposal": c.proposal} != asdict(c):
             raise ValueError(f"{where} was begun with other settings: remove it")
@@ -171,7 +168,7 @@ def collect(study: str, jobs: list[Job], folder: Path, results: Path) -> None:
     """Writes STUDY.csv and STUDY-theta.csv of the finished runs."""
     homes = {job.name: finished(job, folder) for job in jobs}
     missing = list(homes.values()).count(None)
-    print(f"{missing} of {len(jobs)} runs, rather the slow ones, are not finished and left out.")
+    print(f"{missing} of {len(jobs)} runs are unfinished, likely slow ones, and left out.")
     if missing == len(jobs):  # keep the tables of others
         return
     results.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 torch.set_num_threads(1)
 
 from envs import Feature, Space, Task  # noqa: E402

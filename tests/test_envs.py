@@ -3,9 +3,7 @@
 import copy
 import math
 import pickle
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,10 +192,8 @@ def test_copies(make):
 
 def test_gymnasium(env, tmp_path):
     gymnasium = pytest.importorskip("gymnasium")
-    from gymnasium.utils import env_checker
-
-    sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
     from gym_panda import GymPanda
+    from gymnasium.utils import env_checker
 
     wrapped = GymPanda(env.task, render_mode="rgb_array")
     env_checker.check_env(wrapped)

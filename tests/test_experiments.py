@@ -6,21 +6,18 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
+import bench
+import heldout
 import pytest
-from conftest import SMALL, TASK
+import rules
+import study
+from conftest import ROOT, SMALL, TASK
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
+from llm import Reply
+from standin import StandIn
 
-import bench  # noqa: E402
-import heldout  # noqa: E402
-import rules  # noqa: E402
-import study  # noqa: E402
-
-from llm import Reply  # noqa: E402
-from standin import StandIn  # noqa: E402
+EXPERIMENTS = ROOT / "experiments"
 
 TINY = dict(steps=200, update_every=150, ranked=3, eval_every=50, eval_episodes=1, explore=100)
 TINY.update(batch=16, hidden=16, alone=2.0, disagree=-1.0, gain=-1.0)

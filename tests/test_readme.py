@@ -2,11 +2,9 @@
 
 import re
 import sys
-from pathlib import Path
 
-from conftest import SMALL
+from conftest import ROOT, SMALL
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -19,9 +17,9 @@ def test_links_lead_somewhere():
 def test_an_environment_of_ones_own(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     example = next(block for block in blocks if "class PointMass" in block)
-    assert "Config(steps=20_000, proposal=" in example
+    assert 'Config(task="brake", steps=20_000,' in example
     small = {**SMALL, "steps": 400, "update_every": 200}
-    example = example.replace("Config(steps=20_000,", f"Config(**{small},")
+    example = example.replace("steps=20_000,", f"**{small},")
     monkeypatch.chdir(tmp_path)
     exec(example, {"__name__": "__main__"})
     left = {path.name for path in (tmp_path / "runs" / "brake").iterdir()}
@@ -36,7 +34,6 @@ def test_copied_names_exist():
 
 
 def test_tables_come_from_their_csv():
-    sys.path.insert(0, str(ROOT / "experiments"))
     from study import table
 
     methods = table(ROOT / "experiments" / "results" / "methods.csv")
@@ -46,14 +43,12 @@ def test_tables_come_from_their_csv():
 
 
 def test_views_come_from_their_csv():
-    sys.path.insert(0, str(ROOT / "experiments"))
     from ranked import views_table
 
     assert views_table() in (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def test_runs_a_model_ranked_are_told_as_they_went():
-    sys.path.insert(0, str(ROOT / "experiments"))
     from ranked import row
 
     folders = sorted((ROOT / "experiments" / "transcripts" / "model").glob("*/"))
