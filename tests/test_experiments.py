@@ -9,11 +9,13 @@ import time
 
 import bench
 import heldout
+import numpy as np
 import pytest
 import rules
 import study
 from conftest import ROOT, SMALL, TASK
 
+from envs import check_env
 from llm import Reply
 from standin import StandIn
 
@@ -146,3 +148,14 @@ def test_bench_lists_comparisons(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py"])
     bench.main()
     assert "environment:" in capsys.readouterr().out
+
+
+def test_environments_of_others():
+    pytest.importorskip("panda_gym")
+    pytest.importorskip("mujoco")
+    from others import OTHERS, Other
+
+    for name, (_, task, *_) in OTHERS.items():
+        features = check_env(Other(name), task)
+        assert features.shape == (2 * task.horizon, len(task.features))
+        assert np.ptp(features, axis=0).max() > 0.1
