@@ -221,13 +221,14 @@ class RTheta:
             total = reward.total(reward.named(random_features), theta)
             self.centre = float(np.ma.filled(np.ma.masked_invalid(total).mean(), 0.0))
 
+    @np.errstate(all="ignore")
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Rewards (N,) of features (N, F). Warns once of each term that leaves the bounds."""
-        named = self.reward.named(features)
-        for name, term in self.reward.terms(named, self.theta).items():
+        terms = self.reward.terms(self.reward.named(features), self.theta)
+        for name, term in terms.items():
             outside = term[~(np.abs(term) <= BOUND)]
             if outside.size and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(f"term {name} is {outside[0]:.4g}, outside ±{BOUND:g}", stacklevel=2)
-        total = self.reward.total(named, self.theta) - self.centre
+        total = sum(terms.values()) - self.centre
         return np.clip(np.nan_to_num(total, nan=0.0), -BOUND, BOUND)

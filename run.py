@@ -1,4 +1,8 @@
-"""The folder of a run: checkpoint, tables, the words on the screen, watching a policy."""
+"""What surrounds the algorithm: a run's state, its folder, its worker processes, what it prints.
+
+`State` is what the rest of a run depends on, `Run` the folder that keeps it, and `Worker` a process
+that lives episodes. The functions below them print, and `play` shows the policy of a run.
+"""
 
 import csv
 import io
