@@ -70,6 +70,18 @@ def scores_of(folder: Path, prompts: list) -> list:
     return json.loads(path.read_text())
 
 
+def rankings(folder: Path) -> list[dict]:
+    """The prompt of each ranking of a run, and the last answer to it, which could be used."""
+    found = []
+    for line in (folder / "llm.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["kind"] == "rank":
+            found.append(record)
+        elif record["kind"] == "rank, repair":
+            found[-1]["reply"] = record.get("reply")
+    return [record for record in found if record.get("reply")]
+
+
 def evaluations(path: Path) -> dict[int, float]:
     return {int(row["step"]): float(row["success"]) for row in rows(path)} if path.exists() else {}
 
@@ -83,8 +95,7 @@ def learnt(path: Path) -> str:
 
 def row(folder: Path) -> list[str]:
     """A run's row of the table."""
-    lines = (folder / "llm.jsonl").read_text(encoding="utf-8").splitlines()
-    ranks = [r for r in map(json.loads, lines) if r["kind"] == "rank" and r.get("reply")]
+    ranks = rankings(folder)
     scores = scores_of(folder, [r["prompt"] for r in ranks])
     alike = [agreement(preferences(r["reply"], len(s)), scripted(s)) for r, s in zip(ranks, scores)]
     success, theta = evaluations(folder / "metrics.csv"), rows(folder / "theta.csv")
