@@ -450,7 +450,7 @@ def check_env(env, task) -> np.ndarray:
     fits = len(actions.shape or ()) == 1 and np.all(low == -1) and np.all(high == 1)
     _require(fits, "actions must be a Box (n,) from -1 to 1: see gymnasium.wrappers.RescaleAction")
     shape, dtype = tuple(space.shape or ()), np.dtype(space.dtype)
-    # The convolutions of DrQ-v2's encoder need 23 pixels.
+    # The convolutions of the encoder, with the strides of run.py, need 23 pixels.
     image = dtype == np.uint8 and len(shape) == 3 and shape[0] == 9 and shape[1] == shape[2] >= 23
     words = f"observations must be floats (n,) or uint8 (9, H, H), H >= 23, not {dtype} {shape}"
     _require(image or (dtype.kind == "f" and len(shape) == 1), words)

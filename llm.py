@@ -309,8 +309,9 @@ NUMBER = r"(?<![\w.-])([0-9]{1,6})(?!\w|\.[0-9])"
 def read_ranking(text: str, count: int) -> list[list[int]]:
     """The ranking of 1 to `count` in an answer: groups of equals, best first: [[3], [1, 2], [4]].
 
-    It is the chain such as `3 > 1 = 2 > 4` that holds each number once and stands after the last
-    line that begins with RANKING, if there is one; no other chain there may contradict it.
+    It is the last chain such as `3 > 1 = 2 > 4` that holds each number once, after the last line
+    that begins with RANKING if there is one. Raises UnusableReply, also if another chain after that
+    line contradicts it.
     """
     text = unicodedata.normalize("NFKC", html.unescape(text)).lower()
     for pattern, plain in (*NOTATION, *NOTATION, MARKUP):  # twice: remarks may be nested

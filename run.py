@@ -35,7 +35,7 @@ class Change:
     """A new θ. `stats` holds low, high (90 % interval), R-hat and ESS by name, from a posterior."""
 
     step: int
-    cause: str  # proposal, posterior or analysis
+    cause: str  # proposal, posterior or analysis; rewrite in experiments/rules.py
     source: str  # of the reward, as the LLM wrote it
     theta: dict[str, float]
     prior: dict[str, float]  # centre of the prior for the next update
@@ -48,7 +48,7 @@ class Change:
 
 @dataclass
 class State:
-    """What the rest of a run depends on, besides the agent and the episodes lived."""
+    """What the rest of a run depends on, besides the agent and the replay buffer."""
 
     step: int = 0  # environment steps lived
     changes: list[Change] = field(default_factory=list)  # of θ, the proposal first
@@ -214,7 +214,7 @@ class Run:
         os.replace(beside, path)
 
     def evaluated(self, state: State, episodes: list, r_theta) -> None:
-        """Adds and shows the row of an evaluation that has ended."""
+        """Adds and shows the row of an evaluation that has ended. Its return is by today's R_θ."""
         success, sparse, features = zip(*episodes)
         returns = r_theta.reward.returns(features)(r_theta.theta) if r_theta else sparse
         values = {"success": success, "sparse": sparse, "return": returns}

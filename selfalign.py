@@ -181,7 +181,7 @@ def train(make_env: Callable, task, llm: LLM, run: Run, c: Config, update=None) 
             losses = agent.update(buffer.sample(c.batch, rng), std, generator)
 
         # every 1,000 steps: evaluate; stop when all 20 episodes succeed, twice in a row
-        # (the evaluation that is read here was begun at the last crossing, below)
+        # (evaluations run in the background and are read one crossing later)
         if evaluation and crossed(c.eval_every):
             run.evaluated(state, evaluation.result(), r_theta)
             evaluation = None
@@ -234,7 +234,7 @@ def evaluate(env, network: bytes, key: list, episodes: int, names: tuple, limit:
 
 
 def being_learnt(successes: list[float], c: Config) -> bool:
-    """Whether the last three evaluations average `alone`: a new θ would disturb what is learnt."""
+    """Whether the last three evaluations average at least `alone`: a new θ would disturb them."""
     return len(successes) > 0 and np.mean(successes[-3:]) >= c.alone
 
 
@@ -364,7 +364,7 @@ def unblock(llm: LLM, task, reward: Reward, state: State, T: list, wrong: float)
     except LLMError as error:
         print(f"\n  No analysis: {error}\n", flush=True)
         return None
-    # The LLM was shown rounded values. One that it repeats is no change.
+    # The LLM was shown rounded values. One within 1 % of the present one is a repetition.
     params = {name: v for name, v in params.items() if not np.isclose(v, latest.theta[name], 1e-2)}
     show_analysis(blocked_by, latest.theta, params)
     if not params:
@@ -396,8 +396,9 @@ def read_flags() -> tuple[argparse.Namespace, dict]:
         default = "{}" if f.type is dict else f.default
         words = {"choices": choices.get(f.name), "help": f"{notes.get(f.name, '')} ({default})"}
         parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, **words)
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    parser.add_argument("--play", metavar="RUN", help="show the policy of the run in this folder")
+    former = parser.add_mutually_exclusive_group()
+    former.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    former.add_argument("--play", metavar="RUN", help="show the policy of the run in this folder")
     parser.add_argument("--gif", metavar="FILE", help="with --play: save a moving picture")
     parser.add_argument("--episodes", type=int, default=5, help="with --play (default: 5)")
     args = parser.parse_args()
@@ -413,12 +414,12 @@ def read_flags() -> tuple[argparse.Namespace, dict]:
 
 def choose_llm(c: Config, run: Run) -> LLM:
     """The LLM that c.llm names. Raises LLMError for one that cannot be used."""
-    kind, _, replay = c.llm.partition(":")
-    if kind == "chat":
+    replay = c.llm.removeprefix("replay:") if c.llm.startswith("replay:") else None
+    if c.llm == "chat":
         backend = Chat(c.model, c.llm_options)
-    elif kind in ("offline", "manual"):
-        backend = StandIn() if kind == "offline" else Manual()
-    elif kind == "replay" and replay:
+    elif c.llm in ("offline", "manual"):
+        backend = StandIn() if c.llm == "offline" else Manual()
+    elif replay:
         backend = None
     else:
         raise LLMError(f"unknown --llm {c.llm}: auto, chat, offline, manual or replay:FILE")

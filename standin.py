@@ -74,7 +74,7 @@ def progress(llm, task, trajectories) -> list[str] | None:
 
 
 def score(task, tau: np.ndarray) -> float:
-    """How far a trajectory gets: 1 for each stage reached, and up to 1 for staying in the last one.
+    """How far a trajectory gets: 1 per stage reached, and up to 1 for how long the last one lasts.
 
     The last stage is the task's success. A stage that is not reached counts by the share of the way
     to it, and ends the count. Success adds 2, and up to 0.5 for lasting. An attempt that breaks a

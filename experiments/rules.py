@@ -18,9 +18,9 @@ from standin import progress
 
 
 def again(llm, task, state, c, rng) -> Change | None:
-    """Updates at every fourth call, and after a change at the next one as well.
+    """Updates at every fourth call; if θ changed there, once more at the next call.
 
-    With a quarter of the period as c.update_every, that is soon after θ changed.
+    c.update_every is a quarter of the period, so the second ranking shows what a new θ lacks.
     """
     quarters, changed = state.step // c.update_every, state.changes[-1].step // c.update_every
     if quarters % 4 == 0:

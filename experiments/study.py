@@ -48,7 +48,7 @@ def reward_of(task: str, number: int) -> Reward:
 
 
 # One run. name: its folder. method: of rules.METHODS. values: of Config. equals: the name of the
-# run that has the same bytes, as long as its θ does not change.
+# selfalign run that stands in for this fixed one if its θ never changes.
 Job = namedtuple("Job", "name task method seed values equals")
 
 
