@@ -160,7 +160,7 @@ def theta(args):
     for number, count, seed in product((7, 2, 1), (1, 2, 4), range(args.rounds)):
         reward, rng = reward_of("touch", number), np.random.default_rng(seed)
         first = Change(0, "proposal", reward.source, reward.params, reward.params)
-        D = [[list(range(48 * i, 48 * i + 48)), pairs[i].tolist()] for i in range(count)]
+        D = [[48, (pairs[i] + 48 * i).tolist()] for i in range(count)]
         state = State(changes=[first], D=D, features=T)
         with contextlib.redirect_stdout(None):
             speed = rate(lambda: align(reward, state, Config(), rng), 1)
