@@ -148,7 +148,7 @@ def init_weights(module):
 
 
 class Encoder(nn.Module):
-    """f_ξ: 3×3 convolutions of 32 channels, one per stride. Bytes (B, C, H, H) to (B, features)."""
+    """f_ξ: 3×3 convolutions of 32 channels, one per stride. Bytes (B, C, H, H) to (B, n)."""
 
     def __init__(self, channels, strides):
         super().__init__()
@@ -329,8 +329,8 @@ class ReplayBuffer:
     def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """A uniform batch: obs (B, ...), action (B, A), reward (B, 1), discount (B, 1), next_obs.
 
-        reward is Σ_{k<m} γ^k r_{t+k}, discount is γ^m, and next_obs is o_{t+m}, with m the smaller
-        of n and the steps left. discount is 0 where these steps reach a termination.
+        reward is Σ_{k<m} γ^k r_{t+k}, discount is γ^m, and next_obs is o_{t+m}, with m the
+        smaller of n and the steps left. discount is 0 where these steps reach a termination.
         """
         rows = self.starts[rng.integers(len(self.starts), size=batch_size)]
         m, k = np.minimum(self.nstep, self.left[rows]), np.arange(self.nstep)

@@ -59,7 +59,7 @@ class Task:
     features: dict[str, Feature]  # what a reward may read, in the order of info["features"]
     success: tuple  # conditions
     steps: int = 1
-    stages: tuple = ()  # conditions on the way to success, to describe trajectories
+    stages: tuple = ()  # conditions on the way to success, for the stand-in's score alone
     limits: tuple = ()  # conditions that fail the episode
     robot: str = "a robot"  # what is there, for the prompts
     details: str = "."  # text that follows `robot` where the LLM writes or analyses a reward

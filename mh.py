@@ -2,9 +2,9 @@
 
 With returns R_θ(τ) and a set D of pairs (i, j), each saying that τ_i is preferred to τ_j,
     P[τ_i ≻ τ_j | θ] = exp(β R_θ(τ_i)) / (exp(β R_θ(τ_i)) + exp(β R_θ(τ_j)))
-    L(θ) = − Σ_{(i,j) ∈ D} w_ij log P[τ_i ≻ τ_j | θ],    p(θ | D) ∝ exp(−L(θ)) p(θ)
-The paper has w = 1. But a ranking of K trajectories, up to K (K − 1) / 2 pairs, says about as much
-as K − 1 pairs. So w = 2 / K (a composite likelihood: Varin, Reid & Firth, 2011).
+    L(θ) = − Σ_{(i,j) ∈ D} w_ij log P[τ_i ≻ τ_j | θ],  p(θ | D) ∝ exp(−L(θ)) p(θ)
+The paper has w = 1. But a ranking of K trajectories, up to K (K − 1) / 2 pairs, says about as
+much as K − 1 pairs. So w = 2 / K (a composite likelihood: Varin, Reid & Firth, 2011).
 Thresholds inside a reward make L piecewise constant, so the posterior is sampled:
 
     from mh import pairs_of, preference_loss, sample_posterior
@@ -134,9 +134,9 @@ def sample_posterior(
 def metropolis(log_density, x, mean, covariance, steps, rng) -> np.ndarray:
     """Draws (C, steps, P) by Metropolis-Hastings from x (C, P).
 
-    With u ~ U(0, 1) and ξ ~ N(0, covariance), x' = mean + √(1−u) (x − mean) + √u ξ is reversible
-    for N(mean, covariance) (Cotter et al., 2013). So the chance to accept x' is w(x') / w(x), with
-    w the ratio of the target's density to this normal's.
+    With u ~ U(0, 1) and ξ ~ N(0, covariance), x' = mean + √(1−u) (x − mean) + √u ξ is
+    reversible for N(mean, covariance) (Cotter et al., 2013). So the chance to accept x' is
+    w(x') / w(x), with w the ratio of the target's density to this normal's.
     """
     root, draws = np.linalg.cholesky(covariance), np.empty((len(x), steps, x.shape[1]))
     y = np.linalg.solve(root, (x - mean).T).T  # standard normal where x is N(mean, covariance)

@@ -32,7 +32,7 @@ STRIDES = (2, 2, 1, 1)  # of the encoder: half the time of DrQ-v2's 2, 1, 1, 1
 
 @dataclass
 class Change:
-    """A new θ. `stats` holds low, high (90 % interval), R-hat and ESS by name, from a posterior."""
+    """A new θ. `stats`, of a posterior: low, high (90 % interval), R-hat and ESS by name."""
 
     step: int
     cause: str  # proposal, posterior or analysis; rewrite in experiments/rules.py

@@ -405,8 +405,8 @@ def read_flags() -> tuple[argparse.Namespace, dict]:
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     free = {"steps", "device", "llm", "model", "llm_options", "workers"} if args.resume else set()
     if (args.play or args.resume) and set(given) - free:
-        flag = min(set(given) - free).replace("_", "-")
-        parser.error(f"--{flag} does not go with --{'play' if args.play else 'resume'}")
+        flag, mode = min(set(given) - free).replace("_", "-"), "play" if args.play else "resume"
+        parser.error(f"--{flag} does not go with --{mode}: leave it out")
     if args.gif and not args.play:
         parser.error("--gif goes with --play RUN")
     return args, given

@@ -4,6 +4,8 @@ import re
 import sys
 
 from conftest import ROOT, SMALL
+from ranked import FIRST, evaluations, row, views_table
+from study import rows, table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -34,23 +36,20 @@ def test_copied_names_exist():
 
 
 def test_tables_come_from_their_csv():
-    from study import table
-
     methods = table(ROOT / "experiments" / "results" / "methods.csv")
     assert methods in (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
-    for row in re.findall(r"\| (\w+) \| selfalign \| (.*?) \| (.*?) \|", methods):
-        assert re.search(r"^\| {} .*\| {}: {} \|".format(*map(re.escape, row)), README, re.M)
+    for cells in re.findall(r"\| (\w+) \| selfalign \| (.*?) \| (.*?) \|", methods):
+        assert re.search(r"^\| {} .*\| {}: {} \|".format(*map(re.escape, cells)), README, re.M)
 
 
 def test_views_come_from_their_csv():
-    from ranked import views_table
-
-    assert views_table() in (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
+    views = views_table()
+    assert views in (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
+    alike = re.findall(r"\| readings \| (\w+) \| .*? \| .*? \| (.*?) \|", views)
+    assert len(alike) == 3 and all(f"{share} % ({task})" in README for task, share in alike)
 
 
 def test_runs_a_model_ranked_are_told_as_they_went():
-    from ranked import evaluations, row
-
     folders = sorted((ROOT / "experiments" / "transcripts" / "model").glob("*/"))
     runs = [row(folder) for folder in folders if folder.is_dir()]
     results = (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
@@ -60,4 +59,15 @@ def test_runs_a_model_ranked_are_told_as_they_went():
         courses = [evaluations(f / "metrics.csv") for f in folders if f.name.startswith(task)]
         shares = (", ".join(f"{x[step]:.0%}"[:-1] for x in courses) for step in (10_000, 13_000))
         told = " \\| ".join(f"{share} %" for share in shares)
-        assert re.search(rf"^\| {task}: .* \| {told} \| {learnt} \|", README, re.MULTILINE)
+        thetas = [rows(f / "theta.csv") for f in folders if f.name.startswith(task)]
+        values = ", ".join(f"{last(theta, task):.2g}" for theta in thetas)
+        row_of = rf"^\| {task}: .* \| {told} \| {learnt} \| .* → {values}"
+        assert re.search(row_of, README, re.MULTILINE)
+    alike = [float(share) for run in runs for share in run[-1].split(", ")]
+    assert f"agree on {min(alike):g} to {max(alike):g} %" in README
+
+
+def last(theta, task):
+    """The last value of the number that was wrong in a task's first reward."""
+    final = {row["name"]: float(row["value"]) for row in theta}
+    return final[FIRST[task][1]] / (final["reach_weight"] if task == "push" else 1.0)
